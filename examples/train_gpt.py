@@ -1,0 +1,369 @@
+"""Train a small GPT dense and 2:4 sparse, side by side, and compare.
+
+    python examples/train_gpt.py                      # CPU, about two minutes
+    python examples/train_gpt.py --device cuda --dtype bfloat16 \
+        --layers 12 --dim 1024 --context 1024 --batch 32 --steps 1000
+
+The text is what every machine with Python has: the source files of the standard library, byte by byte,
+every tenth file held out for validation. Both runs start from the same weights and see the same batches.
+The sparse one differs in one argument: `torch.compile(model, backend=sparse_backend(...))`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import re
+import statistics
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sparse_pass as sp
+
+SCHEMES = {
+    "w24": sp.WeightSparsity(),
+    "w24-greedy": sp.WeightSparsity(mask="greedy"),
+    "w24-masked": sp.WeightSparsity(grad_weight="masked"),
+}
+LAYERS = ("blocks.*.mlp.fc1", "blocks.*.mlp.fc2")
+
+
+# The model: nothing in it knows of sparsity.
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        split = (batch, length, 3, self.heads, dim // self.heads)
+        q, k, v = self.qkv(x).view(split).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(y.transpose(1, 2).reshape(batch, length, dim))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """Bytes in, loss out: `model(tokens)` is the mean next-byte loss in nats of tokens [batch, context + 1]."""
+
+    def __init__(self, layers: int, dim: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(256, dim)
+        self.position = nn.Embedding(context, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, 256, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                # Two residual branches a block: keep the variance of their sum independent of depth.
+                residual = name.endswith(("proj.weight", "fc2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        x = self.token(inputs) + self.position.weight[: inputs.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+# The text.
+
+
+def load_text() -> tuple[Tensor, Tensor]:
+    """Training and validation bytes, uint8; every tenth file is held out."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    if len(files) < 20:
+        raise SystemExit(f"found only {len(files)} source files of the standard library")
+    train = b"".join(file.read_bytes() for i, file in enumerate(files) if i % 10)
+    held_out = b"".join(file.read_bytes() for i, file in enumerate(files) if i % 10 == 0)
+    return tuple(torch.frombuffer(bytearray(t), dtype=torch.uint8) for t in (train, held_out))
+
+
+def cut(text: Tensor, starts: Tensor, context: int) -> Tensor:
+    """Tokens [len(starts), context + 1]."""
+    return text[starts[:, None] + torch.arange(context + 1)].long()
+
+
+# Training.
+
+
+@dataclass
+class Run:
+    """What one training run left behind."""
+
+    train_loss: list[float] = field(default_factory=list)
+    val_steps: list[int] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    step_ms: float = math.nan
+    first_step_s: float = math.nan
+    peak_gib: float | None = None
+
+
+def autocast(args: argparse.Namespace) -> AbstractContextManager[object]:
+    dtype = getattr(torch, args.dtype)
+    return torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def evaluate(
+    forward: Callable[[Tensor], Tensor], batches: Sequence[Tensor], args: argparse.Namespace
+) -> float:
+    with torch.no_grad(), autocast(args):
+        return statistics.fmean(forward(batch.to(args.device)).item() for batch in batches)
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak."""
+    warmup = max(1, args.steps // 10)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, args.steps - warmup)
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def train(
+    name: str,
+    model: GPT,
+    forward: Callable[[Tensor], Tensor],
+    text: Tensor,
+    val_batches: Sequence[Tensor],
+    args: argparse.Namespace,
+) -> Run:
+    """Train `model` through `forward`, the compiled callable of the same model."""
+    cuda = args.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    generator = torch.Generator().manual_seed(args.seed)  # the same batches in every run
+    run, seconds = Run(), []
+    every = max(1, args.steps // args.evals)
+    progress = tqdm(range(args.steps), desc=f"{name:>6}", unit="step", mininterval=0.5)
+    for step in progress:
+        starts = torch.randint(len(text) - args.context, (args.batch,), generator=generator)
+        tokens = cut(text, starts, args.context).to(args.device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        begin = time.perf_counter()
+        with autocast(args):
+            loss = forward(tokens)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.train_loss.append(loss.item())  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+        if (step + 1) % every == 0 or step + 1 == args.steps:
+            run.val_steps.append(step + 1)
+            run.val_loss.append(evaluate(forward, val_batches, args))
+        progress.set_postfix(
+            loss=f"{run.train_loss[-1]:.3f}",
+            val=f"{run.val_loss[-1]:.3f}" if run.val_loss else "-",
+        )
+    run.first_step_s = seconds[0]
+    run.step_ms = 1e3 * statistics.median(seconds[len(seconds) // 10 or 1 :] or seconds)
+    if cuda:
+        run.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    return run
+
+
+# What to show.
+
+
+def rewritten_table(report: sp.Report) -> Table:
+    """The sites of a report, one row for layers that differ in their block number alone."""
+    table = Table(title="What was rewritten")
+    for column in ("layers", "sites", "graph", "status", "output", "grad_input", "grad_weight"):
+        table.add_column(column)
+    rows = Counter(
+        (
+            re.sub(r"\.\d+\.", ".*.", site.fqn),
+            "training" if site.grad_weight else "inference",
+            site.status,
+            site.output or "-",
+            site.grad_input or "-",
+            site.grad_weight or "-",
+        )
+        for site in report.sites
+    )
+    for (layers, *rest), count in rows.items():
+        table.add_row(layers, str(count), *rest)
+    return table
+
+
+def results_table(runs: dict[str, Run], after: dict[str, float], args: argparse.Namespace) -> Table:
+    table = Table(title=f"After {args.steps} steps (val loss in nats per byte)")
+    for column in ("weights", "computed as", "val loss", "median step", "first step"):
+        table.add_column(
+            column, justify="left" if column in ("weights", "computed as") else "right"
+        )
+    if args.device == "cuda":
+        table.add_column("peak memory", justify="right")
+    for name, run in runs.items():
+        cells = [f"{run.val_loss[-1]:.4f}", f"{run.step_ms:.1f} ms", f"{run.first_step_s:.1f} s"]
+        if run.peak_gib is not None:
+            cells.append(f"{run.peak_gib:.2f} GiB")
+        table.add_row(f"{name} run", f"{name}, compiled", *cells)
+    for name, loss in after.items():
+        table.add_row("sparse run", name, f"{loss:.4f}")
+    return table
+
+
+def plot(runs: dict[str, Run], path: Path, scheme: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    window = max(1, len(runs["dense"].train_loss) // 50)
+    for (name, run), color in zip(runs.items(), ("tab:blue", "tab:orange"), strict=True):
+        mean = [
+            statistics.fmean(run.train_loss[max(0, i - window + 1) : i + 1])
+            for i in range(len(run.train_loss))
+        ]
+        label = name if name == "dense" else f"{name} ({scheme})"
+        axes.plot(range(1, len(mean) + 1), mean, color=color, alpha=0.5, label=f"{label}, training")
+        axes.plot(run.val_steps, run.val_loss, "o-", color=color, label=f"{label}, held out")
+    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="Same weights, same batches")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--scheme", choices=SCHEMES, default="w24", help="what the named layers get"
+    )
+    parser.add_argument(
+        "--sparse", nargs="+", default=list(LAYERS), metavar="PATTERN", help="layers to make sparse"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the matmuls (autocast); the parameters stay float32",
+    )
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--evals", type=int, default=6, help="evaluations in a run")
+    parser.add_argument("--val-batches", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/train_gpt"), help="folder of plot and results"
+    )
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch finds no CUDA device")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    console = Console()
+    text, held_out = load_text()
+    spread = torch.linspace(0, len(held_out) - args.context - 1, args.val_batches * args.batch)
+    val_batches = [
+        cut(held_out, starts, args.context) for starts in spread.long().split(args.batch)
+    ]
+
+    torch.manual_seed(args.seed)
+    dense_model = GPT(args.layers, args.dim, args.heads, args.context).to(args.device)
+    sparse_model = copy.deepcopy(dense_model)
+    parameters = sum(p.numel() for p in dense_model.parameters())
+    console.print(
+        f"GPT with {parameters / 1e6:.1f}M parameters, {len(text) / 1e6:.1f} MB of text,"
+        f" {args.batch * args.context} bytes a step, {args.device} {args.dtype}"
+    )
+
+    # The whole difference between the two runs.
+    config = {pattern: SCHEMES[args.scheme] for pattern in args.sparse}
+    backend = sp.sparse_backend(config, model=sparse_model)
+    compiled_dense = torch.compile(dense_model)
+    compiled_sparse = torch.compile(sparse_model, backend=backend)
+
+    runs = {
+        "dense": train("dense", dense_model, compiled_dense, text, val_batches, args),
+        "sparse": train("sparse", sparse_model, compiled_sparse, text, val_batches, args),
+    }
+
+    # Back to dense: the parameters were dense all along, so any other way to run the model will do.
+    back_to_dense = torch.compile(sparse_model)
+    pruned = copy.deepcopy(sparse_model)
+    sp.prune_(pruned, config)
+    after = {
+        "dense, torch.compile(model)": evaluate(back_to_dense, val_batches, args),
+        "dense, pruned by sp.prune_": evaluate(pruned, val_batches, args),
+    }
+
+    console.print(rewritten_table(backend.report))
+    for reason in sorted({site.reason for site in backend.report.sites if site.reason}):
+        console.print(f"reason: {reason}", highlight=False)
+    console.print(results_table(runs, after, args))
+    if args.device == "cpu":
+        console.print(
+            "On a CPU there are no 2:4 matmuls: the sparse run computes the same mathematics as on a GPU,"
+            " dense matmuls with masked weights, and is not faster."
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot(runs, args.out / "loss.png", args.scheme)
+    record = {"args": vars(args) | {"out": str(args.out)}, "after": after}
+    record |= {name: vars(run) for name, run in runs.items()}
+    (args.out / "results.json").write_text(json.dumps(record, indent=1))
+    console.print(f"wrote {args.out / 'loss.png'} and {args.out / 'results.json'}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

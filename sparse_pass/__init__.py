@@ -1,0 +1,30 @@
+"""2:4 sparse training for torch.compile, without touching the model.
+
+    import sparse_pass as sp
+
+    config = {"blocks.*.mlp.fc1": sp.WeightSparsity(), "blocks.*.mlp.fc2": sp.WeightSparsity()}
+    model = torch.compile(model, backend=sp.sparse_backend(config, model=model))
+"""
+
+from .backend import inductor_options, sparse_backend
+from .config import WeightSparsity
+from .explain import explain
+from .graph_pass import SparsePass, rewrite
+from .ops import mask24
+from .prune import prune_
+from .report import Report, Site
+
+__all__ = [
+    "Report",
+    "Site",
+    "SparsePass",
+    "WeightSparsity",
+    "explain",
+    "inductor_options",
+    "mask24",
+    "prune_",
+    "rewrite",
+    "sparse_backend",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,92 @@
+"""What the pass would do to a model, without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from .backend import graph_names
+from .capture import copy_graph, report_graph
+from .config import Config
+from .fqn import nearest
+from .graph_pass import SparsePass
+from .model_names import linear_weights
+from .report import Report
+
+
+def explain(model: nn.Module, config: Config) -> Callable[..., Report]:
+    """Report what the pass would do: ``print(explain(model, config)(*args, **kwargs))``.
+
+    Runs one forward of the model op by op to capture its graphs; under ``torch.no_grad()`` the graphs are
+    those of inference. Gradients, buffers and random state are as before afterwards.
+
+    Args:
+        model: eager or compiled module.
+        config: names to schemes, as for :func:`sparse_backend`. A pattern that names nothing is no error
+            here: the report lists it, and the closest names in a note.
+
+    Returns:
+        A function that takes the model's inputs and returns a Report.
+
+    Raises:
+        ValueError: bad config; from the returned function, an exactly named linear that cannot be 2:4 sparse.
+    """
+    sparse_pass = SparsePass(config)
+    model = getattr(model, "_orig_mod", model)
+
+    def run(*args: Any, **kwargs: Any) -> Report:
+        def report_only(graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            with sparse_pass.seeing(replace(graph_names(graph_module, model), checked=True)):
+                report_graph(copy_graph(graph_module), inputs, sparse_pass)
+            return graph_module.forward
+
+        with _untouched(model):
+            torch.compile(_fresh(_call), backend=report_only)(model, args, kwargs)
+        report = sparse_pass.report
+        return replace(report, notes=report.notes + _suggestions(model, report.unmatched))
+
+    return run
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
+
+
+def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a code object of its own: Dynamo keeps compiled graphs, and their limit, by code object."""
+    assert isinstance(function, FunctionType)
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
+    try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None  # module.compile() would bring its own backend
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _suggestions(model: nn.Module, unmatched: tuple[str, ...]) -> tuple[str, ...]:
+    known = linear_weights(model)
+    return tuple(
+        f"{text!r} names no linear that ran; closest names: {', '.join(map(repr, close)) or 'none'}"
+        for text in unmatched
+        for close in [nearest(text.removeprefix("re:"), known)]
+    )

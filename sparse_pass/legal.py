@@ -1,0 +1,143 @@
+"""What may be rewritten, and how: rules that return a reason or None.
+
+Legal is one question (`why_skipped`), having a kernel for it another (`why_not_sparse`). The limits of
+a device are plain data, so that every rule can be tested on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .config import Scheme
+from .find import Linear, Use, aten
+
+TILE = 4
+"""Masks are chosen in tiles of 4x4: both dims of a weight must be multiples of 4."""
+KERNEL_TILE = 64
+"""The packed layout is made of tiles of 64x64: N and K of a sparse GEMM must be multiples of 64."""
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+MIN_CAPABILITY = (8, 0)
+"""Sparse tensor cores came with SM80 (A100)."""
+
+_FLIPS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
+_KEEPS = frozenset(
+    {
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten._to_copy.default,
+        aten.to.dtype,
+        torch.ops.prims.convert_element_type.default,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a device can do."""
+
+    device: str
+    """Device type: ``"cuda"``, ``"cpu"``, ..."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None for other devices."""
+    unavailable: str = ""
+    """Why the sparse kernels cannot be used there although the capability would do; empty if they can."""
+
+
+def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Ask the device. The first call for a CUDA device verifies the kernels on a small matrix."""
+    if device.type != "cuda":
+        return Limits(device=device.type)
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None:
+        return Limits(device="cuda", capability=capability, unavailable="ROCm has no cuSPARSELt kernels")
+    if capability < MIN_CAPABILITY or dtype not in KERNEL_DTYPES:
+        return Limits(device="cuda", capability=capability)
+    from .kernels.probe import availability
+
+    return Limits(device="cuda", capability=capability, unavailable=availability(device, dtype))
+
+
+def why_skipped(linear: Linear) -> str | None:
+    """Why the linear cannot be made 2:4 sparse at all, on any device."""
+    weight = linear.weight.meta["val"]
+    if weight.dim() != 2:
+        return f"the weight has shape {list(weight.shape)}: 2:4 masks are defined for 2-D weights"
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"the weight is {weight.dtype}: expected float16, bfloat16, float32 or float64"
+    return why_shape_skipped(weight.shape)
+
+
+def why_shape_skipped(shape: torch.Size) -> str | None:
+    """The rule on dims alone; also asked of parameters before anything is captured."""
+    if not all(isinstance(dim, int) for dim in shape):
+        return f"the weight has the symbolic shape {list(shape)}: dims of a weight must be static"
+    if any(dim % TILE or dim == 0 for dim in shape):
+        return (
+            f"the weight is {list(shape)}: 2:4 masks need both dims to be multiples of {TILE};"
+            " pad the layer or leave it dense (map it to None)"
+        )
+    return None
+
+
+def why_not_sparse(use: Use, weight: Node, scheme: Scheme, limits: Limits) -> str | None:
+    """Why one GEMM gets no sparse kernel. It is computed with the masked weight all the same."""
+    if scheme.backend == "masked_dense":
+        return "backend='masked_dense' was asked for"
+    return _why_no_device(scheme, limits) or _why_no_call(use) or _why_no_kernel(use, weight)
+
+
+def _why_no_device(scheme: Scheme, limits: Limits) -> str | None:
+    if limits.device == "cpu" and scheme.backend == "cusparselt":
+        return None  # the reference kernels
+    if limits.device != "cuda" or limits.capability is None:
+        return f"no 2:4 kernels on {limits.device}"
+    if limits.capability < MIN_CAPABILITY:
+        major, minor = limits.capability
+        return f"SM{major}{minor} has no sparse tensor cores: compute capability 8.0 (A100) or newer is needed"
+    return limits.unavailable or None
+
+
+def _why_no_call(use: Use) -> str | None:
+    """The sparse op is linear(input, packed, bias): the weight on the right, no scaling."""
+    gemm = use.gemm
+    if gemm.target not in (aten.mm.default, aten.addmm.default, aten.linear.default):
+        return f"the graph has it as {gemm.target}, which has no sparse kernel"
+    if use.operand is not gemm.args[2 if gemm.target is aten.addmm.default else 1]:
+        return "the weight is the left operand of the matmul"
+    if any(factor != 1 for factor in gemm.kwargs.values()):
+        return f"addmm with {dict(gemm.kwargs)} has no sparse kernel"
+    if any(node.target not in _KEEPS and not _is_flip(node) for node in use.chain):
+        moves = ", ".join(str(node.target) for node in use.chain if node.target not in _KEEPS)
+        return f"the GEMM reads the weight through {moves}"
+    return None
+
+
+def _why_no_kernel(use: Use, weight: Node) -> str | None:
+    dtype = use.operand.meta["val"].dtype
+    if dtype not in KERNEL_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} has no 2:4 kernels, only float16 and bfloat16"
+    shape = list(weight.meta["val"].shape)
+    if any(dim % KERNEL_TILE for dim in shape):
+        return f"the weight is {shape}: sparse kernels need multiples of {KERNEL_TILE}"
+    return None
+
+
+def _is_flip(node: Node) -> bool:
+    if node.target not in _FLIPS:
+        return False
+    dims = node.args[1:]
+    return dims in ((), ([1, 0],), ([-1, 0],), ([-1, -2],), (0, 1), (1, 0), (-1, -2), (-2, -1), (0, -1), (-1, 0))
+
+
+def reads_rows(use: Use) -> bool:
+    """Whether the GEMM contracts over the columns of the stored weight, as ``linear(input, weight)`` does.
+
+    Then it takes ``packed``; otherwise ``packed_t``. Only for uses that `why_not_sparse` let pass.
+    """
+    transposed = sum(_is_flip(node) for node in use.chain) % 2 == 1
+    return not transposed if use.gemm.target is aten.linear.default else transposed

@@ -1,0 +1,108 @@
+"""Names of the linear weights of a model, and of the inputs of a graph that Dynamo captured from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.fx import GraphModule
+
+from .fqn import Pattern, choose, from_source, nearest, normalize
+from .legal import why_shape_skipped
+
+
+def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every name by which a config may call a 2-D weight: parameter names, and module names of ``*.weight``.
+
+    Embedding tables are no linear weights, unless a linear shares them. Names are in normal form.
+    """
+    embeddings = {
+        f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    }
+    weights: dict[str, nn.Parameter] = {}
+    for raw, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dim() != 2 or raw in embeddings:
+            continue
+        name = normalize(raw)
+        weights[name] = parameter
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and owner:
+            weights[owner] = parameter
+    return weights
+
+
+def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
+    """Refuse, before anything is captured, what cannot work on this model.
+
+    Raises:
+        ValueError: a pattern names no linear weight (lists the closest names), or an exactly named weight
+            cannot be 2:4 sparse (gives its shape and the rule).
+    """
+    weights = linear_weights(model)
+    for pattern in patterns:
+        named = [name for name in weights if pattern.names([name])]
+        if not named:
+            close = nearest(pattern.text.removeprefix("re:"), weights)
+            known = ", ".join(map(repr, close)) if close else f"none; the model has {len(weights)} linear weights"
+            raise ValueError(
+                f"{pattern.text!r} names no linear weight of {type(model).__name__}; closest names: {known}"
+            )
+        if pattern.exact and pattern.scheme is not None:
+            reason = why_shape_skipped(weights[named[0]].shape)
+            if reason:
+                raise ValueError(f"{pattern.text!r} cannot be sparsified: {reason}")
+
+
+def chosen_weights(
+    model: nn.Module, patterns: Sequence[Pattern]
+) -> list[tuple[str, nn.Parameter, Pattern]]:
+    """The weights that the patterns choose, each once, under its best name (a module's before a parameter's)."""
+    names: dict[int, list[str]] = {}
+    weights = linear_weights(model)
+    for name, parameter in weights.items():
+        names.setdefault(id(parameter), []).append(name)
+    found = []
+    for known in names.values():
+        known.sort(key=lambda name: name.endswith("weight"))
+        pattern = choose(patterns, known)
+        if pattern is not None and pattern.scheme is not None:
+            found.append((known[0], weights[known[0]], pattern))
+    return found
+
+
+def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> dict[int, tuple[str, ...]]:
+    """Parameter names by position of the graph input.
+
+    Args:
+        graph_module: as Dynamo hands it to a backend; its placeholders know where they came from.
+        model: makes names absolute where the graph is that of a part of the model.
+    """
+    by_identity: dict[int, list[str]] = {}
+    if model is not None:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            by_identity.setdefault(id(parameter), []).append(normalize(name))
+    absolute = [name for names in by_identity.values() for name in names]
+    found = {}
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for index, node in enumerate(placeholders):
+        source = getattr(node, "_dynamo_source", None)
+        if source is None:
+            continue
+        text = source.name if isinstance(source.name, str) else source.name()
+        argument = node.meta.get("grapharg")
+        example = argument.example if argument is not None else None
+        if "_parameters[" not in text and not isinstance(example, nn.Parameter):
+            continue
+        if id(example) in by_identity:
+            found[index] = tuple(by_identity[id(example)])
+            continue
+        path = from_source(text)
+        # FSDP swaps parameters, so identity can fail where the path does not.
+        longer = tuple(name for name in absolute if name == path or name.endswith(f".{path}"))
+        if path:
+            found[index] = longer if len(longer) == 1 else (path,)
+    return found
+
+

@@ -1,0 +1,186 @@
+"""The operators of the rewritten graphs, `torch.ops.sparse_pass.*`: schema, fake, CPU, CUDA, in this order.
+
+    sparsify: W [N, K] -> S(W) and S(W)^T, packed       linear: X [M, K], packed -> X S(W)^T + b  [M, N]
+    mask24:   W [N, K] -> bool [N, K]
+
+All are functional and take any strides. They have no derivative: the pass rewrites graphs that already hold their
+backward. The CPU kernels are the reference and use the byte layout of the GPU kernels (`reference.pack`).
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+PACKED_DTYPES = (torch.float16, torch.bfloat16)
+
+_LIBRARY = torch.library.Library("sparse_pass", "DEF")
+for _schema in (
+    "sparsify(Tensor weight, str mask, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    "linear(Tensor input, Tensor packed, Tensor? bias, SymInt out_features) -> Tensor",
+    "mask24(Tensor weight, str mask) -> Tensor",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def mask24(weight: Tensor, mask: str = "optimal") -> Tensor:
+    """Return the transposable 2:4 mask of a weight: bool [N, K], at most two True of four along rows and columns.
+
+    weight: [N, K] floating point, N and K multiples of 4, any device and strides. mask: "optimal", the largest sum of
+    magnitudes of all such masks of a 4x4 tile, or "greedy", torch core's `largest_abs_values_greedy`;
+    `sparse_pass.reference.mask24` defines both, ties included. ValueError for anything else.
+    """
+    return _OPS.mask24(weight.detach(), mask)  # type: ignore[no-any-return]
+
+
+# Checks: one sentence with the shape, the rule and the remedy. The fakes use them too, so that a graph with a wrong
+# call fails while it is traced.
+
+
+def _check_mask_args(weight: Tensor, mask: str) -> None:
+    if mask not in reference.MASKS:
+        raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(reference.MASKS)}")
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:
+        raise ValueError(
+            f"a 2:4 mask compares magnitudes and takes float16, bfloat16, float32 or float64, not {weight.dtype}; "
+            "convert the weight first"
+        )
+    _check_dims(weight, 4, "pad the weight with zeros or leave the layer dense")
+
+
+def _check_dims(weight: Tensor, multiple: int, remedy: str) -> None:
+    if weight.dim() != 2 or weight.shape[0] % multiple or weight.shape[1] % multiple:
+        raise ValueError(
+            f"a 2:4 weight must be 2-D with both dims multiples of {multiple}, not {list(weight.shape)}; {remedy}"
+        )
+
+
+def _check_sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None) -> torch.dtype:
+    """Raise for what cannot be packed, and return the dtype of the packed values."""
+    _check_mask_args(weight, mask)
+    _check_dims(weight, 64, "use the masked dense weight, weight * mask24(weight)")
+    if weight.numel() == 0:
+        raise ValueError(f"an empty weight {list(weight.shape)} has nothing to pack; leave the layer dense")
+    packed_dtype = dtype or weight.dtype
+    if packed_dtype not in PACKED_DTYPES:
+        raise ValueError(
+            f"packed 2:4 values are float16 or bfloat16, not {packed_dtype}; pass dtype=torch.bfloat16 or use the "
+            "masked dense weight, weight * mask24(weight)"
+        )
+    return packed_dtype
+
+
+def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> None:
+    if input.dim() != 2 or packed.dim() != 1 or packed.numel() * 16 != out_features * input.shape[1] * 9:
+        raise ValueError(
+            f"input {list(input.shape)} and packed {list(packed.shape)} do not fit out_features={out_features}: input "
+            "must be [M, K] and packed 1-D of out_features * K * 9 / 16 elements, as sparsify returns it"
+        )
+    if packed.dtype not in PACKED_DTYPES or input.dtype != packed.dtype:
+        raise ValueError(
+            f"input is {input.dtype} and packed {packed.dtype}; both must be float16 or both bfloat16: pass dtype= to "
+            "sparsify or convert the input"
+        )
+    if bias is not None and (
+        bias.dim() != 1 or bias.shape[0] != out_features or bias.dtype != input.dtype
+    ):
+        raise ValueError(
+            f"bias is {bias.dtype} {list(bias.shape)}; it must be {input.dtype} [{out_features}] like the output's columns"
+        )
+
+
+# Fakes
+
+
+@torch.library.register_fake("sparse_pass::sparsify", lib=_LIBRARY)
+def _sparsify_fake(
+    weight: Tensor, mask: str, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    packed_dtype = _check_sparsify(weight, mask, dtype)
+    numel = weight.shape[0] * weight.shape[1] * 9 // 16
+    return weight.new_empty(numel, dtype=packed_dtype), weight.new_empty(numel, dtype=packed_dtype)
+
+
+@torch.library.register_fake("sparse_pass::linear", lib=_LIBRARY)
+def _linear_fake(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    _check_linear(input, packed, bias, out_features)
+    return input.new_empty(input.shape[0], out_features)
+
+
+@torch.library.register_fake("sparse_pass::mask24", lib=_LIBRARY)
+def _mask24_fake(weight: Tensor, mask: str) -> Tensor:
+    _check_mask_args(weight, mask)
+    return weight.new_empty(weight.shape, dtype=torch.bool)
+
+
+# CPU
+
+
+@torch.library.impl(_LIBRARY, "sparsify", "CPU")
+def _sparsify_cpu(
+    weight: Tensor, mask: str, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    return reference.sparsify(weight, mask, _check_sparsify(weight, mask, dtype))
+
+
+@torch.library.impl(_LIBRARY, "linear", "CPU")
+def _linear_cpu(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    _check_linear(input, packed, bias, out_features)
+    dense = reference.unpack(packed, out_features, input.shape[1])
+    return torch.nn.functional.linear(input.contiguous(), dense, bias)
+
+
+@torch.library.impl(_LIBRARY, "mask24", "CPU")
+def _mask24_cpu(weight: Tensor, mask: str) -> Tensor:
+    _check_mask_args(weight, mask)
+    return reference.mask24(weight, mask)
+
+
+# CUDA
+
+
+@torch.library.impl(_LIBRARY, "sparsify", "CUDA")
+def _sparsify_cuda(
+    weight: Tensor, mask: str, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    packed_dtype = _check_sparsify(weight, mask, dtype)
+    masked = (weight * reference.mask24(weight, mask)).to(packed_dtype)
+    packed, packed_t = (torch._cslt_compress(w.contiguous()) for w in (masked, masked.T))
+    return packed.reshape(-1), packed_t.reshape(-1)
+
+
+@torch.library.impl(_LIBRARY, "linear", "CUDA")
+def _linear_cuda(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    _check_linear(input, packed, bias, out_features)
+    rows = input.shape[0]
+    if rows == 0:
+        return input.new_empty(0, out_features)
+    input = torch.nn.functional.pad(input, (0, 0, 0, -rows % 8)).contiguous()
+    matrix = packed.view(out_features, -1)
+    return torch._cslt_sparse_mm(matrix, input.T, bias=bias, transpose_result=True)[:rows]
+
+
+@torch.library.impl(_LIBRARY, "mask24", "CUDA")
+def _mask24_cuda(weight: Tensor, mask: str) -> Tensor:
+    _check_mask_args(weight, mask)
+    return reference.mask24(weight, mask)
+
+
+# Autograd: torch's default for an op without a derivative is a warning and missing gradients.
+
+
+def _no_derivative(ctx: object, *grads: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        "sparse_pass ops have no derivative: the pass puts them into graphs that already hold their backward. Train "
+        "through sparse_pass.sparse_backend, or call them under torch.no_grad()"
+    )
+
+
+for _op in ("sparsify", "linear"):
+    torch.library.register_autograd(f"sparse_pass::{_op}", _no_derivative, lib=_LIBRARY)
+
+_OPS = torch.ops.sparse_pass

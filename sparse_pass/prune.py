@@ -1,0 +1,55 @@
+"""Write 2:4 sparsity into dense weights, for deployment."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .config import Config
+from .fqn import parse_config
+from .legal import why_shape_skipped
+from .model_names import check_names, chosen_weights
+from .ops import mask24
+from .report import Report, Site
+
+
+def prune_(model: nn.Module, config: Config) -> Report:
+    """Replace the named weights by S(weight), in place; shapes, dtypes and the state_dict's keys stay.
+
+    The mask is the one that training used, so the pruned model computes in plain eager or compiled
+    dense PyTorch what it computed under the pass.
+
+    Args:
+        model: any module; compiled or wrapped ones too.
+        config: names to schemes, as for :func:`sparse_backend`; only ``mask`` of a scheme counts.
+
+    Returns:
+        Report: one site per weight, ``sparse`` or ``skipped``; M is ``"-"``, as no GEMM is involved.
+
+    Raises:
+        ValueError: a name that names no linear weight, an exactly named weight that cannot be 2:4
+            sparse, or a weight without data (meta device). Nothing is written then.
+    """
+    patterns = parse_config(config)
+    check_names(model, patterns)
+    sites, kept = [], []
+    for name, weight, pattern in chosen_weights(model, patterns):
+        scheme = pattern.scheme
+        assert scheme is not None
+        if weight.is_meta:
+            raise ValueError(f"{name!r} is on the meta device: load its data before prune_")
+        reason = why_shape_skipped(weight.shape) or ""
+        if not reason:
+            kept.append((weight, mask24(weight.detach(), scheme.mask)))
+        n, k = weight.shape
+        sites.append(
+            Site(
+                fqn=name, pattern=pattern.text, scheme=scheme, shape=("-", n, k), dtype=weight.dtype,
+                status="skipped" if reason else "sparse", reason=reason,
+            )  # fmt: skip
+        )
+    with torch.no_grad():
+        for weight, mask in kept:
+            # Not a product: 0 * inf would leave a NaN where the mask drops an infinity.
+            weight.masked_fill_(~mask, 0)
+    return Report(sites=tuple(sites))

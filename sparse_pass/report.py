@@ -1,0 +1,97 @@
+"""What the pass did: one frozen record per named linear and compiled graph, printed as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from .config import Scheme
+
+Status: TypeAlias = Literal["sparse", "masked_dense", "skipped"]
+Dim: TypeAlias = "int | torch.SymInt | str"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """One named linear in one compiled graph.
+
+    A GEMM field holds its kernel: ``"cusparselt"``, ``"masked_dense"``, ``"dense"``, ``"reference"``
+    (CPU kernels, for tests), or None where the graph has no such GEMM.
+    """
+
+    fqn: str
+    """Module name, or parameter name where no linear module owns the weight."""
+    pattern: str
+    """The config key that named it."""
+    scheme: Scheme
+    shape: tuple[Dim, Dim, Dim]
+    """(M, N, K): input [M, K], weight [N, K], output [M, N]. M may be symbolic (a string such as ``"s0*128"``)."""
+    dtype: torch.dtype
+    """dtype of the GEMMs (under autocast not the parameter's)."""
+    status: Status
+    reason: str = ""
+    """Why not sparse, or what was not found; empty when all went as asked."""
+    output: str | None = None
+    grad_input: str | None = None
+    grad_weight: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """All named linears of one or more graphs, and the patterns that named nothing."""
+
+    sites: tuple[Site, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    """Config keys that named no linear in any graph compiled so far."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know to read the rest, such as parameter names that were not visible."""
+    graphs: int = 0
+    """Compiled graphs that were looked at."""
+
+    def __str__(self) -> str:
+        counts = Counter(site.status for site in self.sites)
+        head = f"sparse_pass: {len(self.sites)} named linears in {self.graphs} graph(s)"
+        if counts:
+            head += ": " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+        lines = [head]
+        if self.sites:
+            lines += _table(
+                ("fqn", "scheme", "M, N, K", "status", "output", "grad_input", "grad_weight", "reason"),
+                [
+                    (
+                        site.fqn,
+                        str(site.scheme),
+                        ", ".join(map(str, site.shape)),
+                        site.status,
+                        site.output or "-",
+                        site.grad_input or "-",
+                        site.grad_weight or "-",
+                        site.reason,
+                    )
+                    for site in self.sites
+                ],
+            )
+        lines += [f"unmatched: {pattern!r} named no linear" for pattern in self.unmatched]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def merge(reports: Iterable[Report], patterns: Iterable[str]) -> Report:
+    """One report for several graphs. ``patterns`` are all config keys, in order."""
+    reports = list(reports)
+    nowhere = [pattern for pattern in patterns if all(pattern in r.unmatched for r in reports)]
+    return Report(
+        sites=tuple(site for report in reports for site in report.sites),
+        unmatched=tuple(nowhere),
+        notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
+        graphs=sum(report.graphs for report in reports),
+    )
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]

@@ -1,0 +1,213 @@
+"""Edit a captured graph: the only file that does.
+
+One linear, before and after (sparse; backward on the right)::
+
+    wt  = permute(w)                       wtt = permute(wt)
+    y   = addmm(b, x, wt)                  dx  = mm(dy, wtt)           dw = mm(dy.T, x)
+
+    packed, packed_t = sparse_pass.sparsify(w, "optimal", dtype=...)
+    y   = sparse_pass.linear(x, packed, b, N)
+    dx  = sparse_pass.linear(dy, packed_t, None, K)                    dw = mm(dy.T, x)
+
+and as masked_dense::
+
+    m   = sparse_pass.mask24(w, "optimal")
+    s   = where(m, w, 0);  st = permute(s);  y = addmm(b, x, st)       dx  = mm(dy, permute(st))
+
+Leaving dw alone is the straight-through estimator: the joint graph is past autograd.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from . import ops as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
+from .config import Scheme
+from .find import Linear, Use, aten
+from .legal import reads_rows
+
+sparse_ops = torch.ops.sparse_pass
+
+# Values of one node, not of what replaces it; all other metadata (module stack, seq_nr, partitioner and
+# recompute tags) must come along, or the partitioner and checkpointing misplace the new node.
+_OWN_META = frozenset({"val", "tensor_meta", "eager_input_vals", "desc"})
+_CASTS = frozenset({aten._to_copy.default, aten.to.dtype, torch.ops.prims.convert_element_type.default})
+
+
+class Rewriter:
+    """Rewrites the linears of one graph, in graph order; what several calls share is made once.
+
+    Everything derived from a weight is made right before the first forward GEMM that reads it, so that
+    it stands before every backward, in whatever order the calls run backward.
+    """
+
+    def __init__(self, graph: Graph, mode: FakeTensorMode) -> None:
+        self.graph = graph
+        self._mode = mode
+        self._made: dict[Any, Node] = {}
+
+    def rewrite(
+        self, linear: Linear, scheme: Scheme, sparse: Iterable[Use], masked: Iterable[Use]
+    ) -> None:
+        """Rewrite one call of a linear.
+
+        Args:
+            sparse: its GEMMs that get a sparse kernel.
+            masked: its GEMMs that read the masked weight instead.
+        """
+        before, weight = linear.output.gemm, linear.weight
+        sparse, masked = tuple(sparse), tuple(masked)
+        mask_gradient = scheme.grad_weight == "masked" and linear.grad_operand is not None
+        decay = scheme.decay > 0 and linear.grad_output is not None
+        mask = kept = None
+        if masked or mask_gradient or decay:
+            mask = self._mask(weight, scheme, before)
+        if masked:
+            assert mask is not None
+            kept = self._masked(weight, mask, before)
+            self._replay(linear.output.chain, weight, kept, before)
+        if mask_gradient:
+            assert mask is not None
+            # The mask takes the weight's way to the operand; casts would turn it into numbers.
+            mask_of_operand = self._replay(linear.output.chain, weight, mask, before, skip=_CASTS)
+            self._mask_gradient(linear, mask_of_operand)
+        if decay:
+            assert mask is not None and linear.grad_output is not None
+            self._decay(weight, mask, scheme.decay, linear.grad_output)
+        for use in sparse:
+            # packed and packed_t are both made at the first forward GEMM.
+            self._packed(weight, scheme, use.operand.meta["val"].dtype, before)
+        for use in masked:
+            assert kept is not None
+            operand = self._replay(use.chain, weight, kept, use.gemm)
+            use.gemm.replace_input_with(use.operand, operand)
+        for use in sparse:
+            self._sparse(weight, scheme, use)
+
+    def clean(self, linears: Iterable[Linear]) -> None:
+        """Erase what the rewrite left without users: old moves of the weights, unused new nodes."""
+        old = [node for one in linears for use in (one.output, *one.grad_input) for node in use.chain]
+        for node in reversed(list(dict.fromkeys([*old, *self._made.values()]))):
+            if not node.users and not node._erased:
+                self.graph.erase_node(node)
+
+    def _mask(self, weight: Node, scheme: Scheme, before: Node) -> Node:
+        return self._once(
+            ("mask", weight, scheme.mask),
+            lambda: self._call_before(before, sparse_ops.mask24.default, (weight, scheme.mask)),
+        )
+
+    def _masked(self, weight: Node, mask: Node, before: Node) -> Node:
+        def make() -> Node:
+            zero = self._zero(weight, before, like=before)
+            return self._call_before(before, aten.where.self, (mask, weight, zero))
+
+        return self._once(("masked", mask), make)
+
+    def _packed(self, weight: Node, scheme: Scheme, dtype: torch.dtype, before: Node) -> tuple[Node, Node]:
+        # The mask is chosen on the weight as stored, also where autocast feeds the GEMM a rounded copy.
+        cast = {} if weight.meta["val"].dtype == dtype else {"dtype": dtype}
+        key = (weight, scheme.mask, dtype)
+        both = self._once(
+            ("sparsify", *key),
+            lambda: self._call_before(before, sparse_ops.sparsify.default, (weight, scheme.mask), cast),
+        )
+        packed = self._once(("packed", *key), lambda: self._call_before(before, operator.getitem, (both, 0)))
+        packed_t = self._once(("packed_t", *key), lambda: self._call_before(before, operator.getitem, (both, 1)))
+        return packed, packed_t
+
+    def _sparse(self, weight: Node, scheme: Scheme, use: Use) -> None:
+        gemm = use.gemm
+        packed, packed_t = self._packed(weight, scheme, use.operand.meta["val"].dtype, gemm)
+        if gemm.target is aten.addmm.default:
+            bias, input = gemm.args[0], gemm.args[1]
+        else:
+            input = gemm.args[0]
+            bias = gemm.args[2] if len(gemm.args) > 2 else gemm.kwargs.get("bias")
+        assert isinstance(input, Node)
+        sizes = input.meta["val"].shape
+        out_features = gemm.meta["val"].shape[-1]
+        rows = input
+        if len(sizes) != 2:
+            rows = self._call_before(gemm, aten.reshape.default, (input, [-1, sizes[-1]]))
+        fused = bias if isinstance(bias, Node) and bias.meta["val"].shape == (out_features,) else None
+        chosen = packed if reads_rows(use) else packed_t
+        result = self._call_before(gemm, sparse_ops.linear.default, (rows, chosen, fused, out_features))
+        if bias is not None and fused is None:
+            result = self._call_before(gemm, aten.add.Tensor, (result, bias))
+        if len(sizes) != 2:
+            leading = [
+                size if isinstance(size, int) else self._call_before(gemm, aten.sym_size.int, (input, dim))
+                for dim, size in enumerate(sizes[:-1])
+            ]
+            result = self._call_before(gemm, aten.reshape.default, (result, [*leading, out_features]))
+        gemm.replace_all_uses_with(result)
+        self.graph.erase_node(gemm)
+
+    def _mask_gradient(self, linear: Linear, mask: Node) -> None:
+        gradient = linear.grad_operand
+        assert gradient is not None
+        users = list(gradient.users)
+        after = gradient.next
+        zero = self._zero(gradient, after, like=gradient)
+        kept = self._call_before(after, aten.where.self, (mask, gradient, zero), like=gradient)
+        for user in users:
+            user.replace_input_with(gradient, kept)
+
+    def _decay(self, weight: Node, mask: Node, decay: float, grad_output: int) -> None:
+        if ("decay", weight) in self._made:
+            return  # once per weight, however many calls share it
+        output = self.graph.output_node()
+        values = list(output.args[0])  # type: ignore[arg-type]
+        gradient = values[grad_output]
+        zero = self._zero(weight, output, like=gradient)
+        dropped = self._call_before(output, aten.where.self, (mask, zero, weight), like=gradient)
+        scaled = self._call_before(output, aten.mul.Tensor, (dropped, decay), like=gradient)
+        values[grad_output] = self._call_before(output, aten.add.Tensor, (gradient, scaled), like=gradient)
+        self._made["decay", weight] = values[grad_output]
+        output.args = (type(output.args[0])(values),)  # type: ignore[call-arg,arg-type]
+
+    def _replay(
+        self, chain: tuple[Node, ...], old: Node, new: Node, before: Node, skip: frozenset[Any] = frozenset()
+    ) -> Node:
+        """Run the moves of ``chain``, which made an operand of ``old``, on ``new``."""
+        for node in chain:
+            if node.target not in skip:
+                if (node, new) not in self._made:
+                    source, target = old, new
+                    args, kwargs = map_arg((node.args, node.kwargs), lambda n: target if n is source else n)  # noqa: B023
+                    self._made[node, new] = self._call_before(before, node.target, args, kwargs, like=node)
+                new = self._made[node, new]
+            old = node
+        return new
+
+    def _zero(self, value_like: Node, before: Node, *, like: Node) -> Node:
+        value = value_like.meta["val"]
+        kwargs = {"dtype": value.dtype, "layout": torch.strided, "device": value.device, "pin_memory": False}
+        return self._call_before(before, aten.full.default, ([], 0), kwargs, like=like)
+
+    def _once(self, key: Any, make: Callable[[], Node]) -> Node:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _call_before(
+        self, before: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *,
+        like: Node | None = None,
+    ) -> Node:
+        """Insert a call before ``before``, with the metadata of ``like`` (default: of ``before``)."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs or {})
+        source = before if like is None else like
+        node.meta = {key: value for key, value in source.meta.items() if key not in _OWN_META}
+        values, named = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self._mode:
+            node.meta["val"] = target(*values, **named)
+        return node
