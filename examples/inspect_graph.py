@@ -1,7 +1,7 @@
-"""What the pass does to a graph: the joint forward and backward graph before and after, and the report.
+"""What the pass does to a joint forward and backward graph: before, after, and the report.
 
-python examples/inspect_graph.py                 # what this machine computes
-python examples/inspect_graph.py --kernels       # the sparse ops, on a CPU by their reference kernels
+python examples/inspect_graph.py              # what this machine computes
+python examples/inspect_graph.py --kernels    # the sparse ops, on a CPU as reference kernels
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python examples/train_gpt.py --device cuda --dtype bfloat16 \
         --layers 12 --dim 1024 --context 1024 --batch 32 --steps 1000
 
-The text is what every machine with Python has: the source files of the standard library, byte by byte,
-every tenth file held out for validation. Both runs start from the same weights and see the same batches.
-The sparse one differs in one argument: `torch.compile(model, backend=sparse_backend(...))`.
+The text is what every machine with Python has: the source files of the standard library, byte by
+byte, every tenth file held out. Both runs start from the same weights and see the same batches. The
+sparse one differs in one argument: `torch.compile(model, backend=sparse_backend(...))`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes in, loss out: `model(tokens)` is the mean next-byte loss in nats of tokens [batch, context + 1]."""
+    """Bytes in, loss out: tokens [batch, context + 1] -> their mean next-byte loss in nats."""
 
     def __init__(self, layers: int, dim: int, heads: int, context: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(dim, 256, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # Two residual branches a block: keep the variance of their sum independent of depth.
+                # Two branches a block add up: keep the variance of their sum independent of depth.
                 residual = name.endswith(("proj.weight", "fc2.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
 
@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # The whole difference between the two runs.
-    config = {pattern: SCHEMES[args.scheme] for pattern in args.sparse}
+    config = dict.fromkeys(args.sparse, SCHEMES[args.scheme])
     backend = sp.sparse_backend(config, model=sparse_model)
     compiled_dense = torch.compile(dense_model)
     compiled_sparse = torch.compile(sparse_model, backend=backend)
@@ -354,8 +354,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(results_table(runs, after, args))
     if args.device == "cpu":
         console.print(
-            "On a CPU there are no 2:4 matmuls: the sparse run computes the same mathematics as on a GPU,"
-            " dense matmuls with masked weights, and is not faster."
+            "A CPU has no 2:4 matmuls: the sparse run computes the same mathematics as on a GPU, with"
+            " dense matmuls of masked weights, and is not faster."
         )
     args.out.mkdir(parents=True, exist_ok=True)
     plot(runs, args.out / "loss.png", args.scheme)

@@ -1,18 +1,19 @@
 """2:4 sparse training for torch.compile, without touching the model.
 
-    import sparse_pass as sp
+import sparse_pass as sp
 
-    config = {"blocks.*.mlp.fc1": sp.WeightSparsity(), "blocks.*.mlp.fc2": sp.WeightSparsity()}
-    model = torch.compile(model, backend=sp.sparse_backend(config, model=model))
+config = {"blocks.*.mlp.fc1": sp.WeightSparsity(), "blocks.*.mlp.fc2": sp.WeightSparsity()}
+model = torch.compile(model, backend=sp.sparse_backend(config, model=model))
 """
 
 from .backend import inductor_options, sparse_backend
 from .config import WeightSparsity
 from .explain import explain
-from .graph_pass import SparsePass, rewrite
+from .graph_pass import SparsePass
 from .ops import mask24
 from .prune import prune_
 from .report import Report, Site
+from .rewrite_graph import rewrite
 
 __all__ = [
     "Report",

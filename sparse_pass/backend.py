@@ -14,10 +14,11 @@ from torch.fx import Graph, GraphModule
 
 from .capture import compile_aot_eager, copy_graph, report_graph
 from .config import Config
-from .fqn import parse_config
-from .graph_pass import Names, SparsePass, Tune
+from .graph_pass import SparsePass, Tune
 from .model_names import check_names, input_names
+from .regions import guard_region
 from .report import Report
+from .rewrite_graph import Names
 
 Inner: TypeAlias = Literal["inductor", "aot_eager"]
 
@@ -72,12 +73,11 @@ class _Retrace:
         ]
 
     def __call__(self, sparse_pass: SparsePass) -> None:
-        inputs = [node.meta["example_value"] for node in self._graph.graph.nodes if node.op == "placeholder"]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self._grad))
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype))
-            report_graph(self._graph, inputs, sparse_pass)
+            report_graph(self._graph, sparse_pass)
 
 
 def inductor_options(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -132,7 +132,13 @@ class SparseBackend:
 
     __name__ = "sparse_pass"
 
-    def __init__(self, sparse_pass: SparsePass, model: nn.Module | None, inner: Inner, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        sparse_pass: SparsePass,
+        model: nn.Module | None,
+        inner: Inner,
+        options: dict[str, Any],
+    ) -> None:
         self._pass = sparse_pass
         self._model = model
         self._inner = inner
@@ -148,6 +154,8 @@ class SparseBackend:
     ) -> Callable[..., Any]:
         given = {**self._options, **(options or {})}
         names = graph_names(graph_module, self._model)
+        if self._model is not None:
+            guard_region(graph_module, self._model, self._pass.patterns)
         if self._inner == "aot_eager":
             if mode or given:
                 raise ValueError(
@@ -205,5 +213,5 @@ def sparse_backend(
         raise ValueError(f"inner={inner!r}: expected one of {', '.join(map(repr, get_args(Inner)))}")
     sparse_pass = SparsePass(config, strict=strict, tune=tune)
     if model is not None:
-        check_names(model, parse_config(config))
+        check_names(model, sparse_pass.patterns)
     return SparseBackend(sparse_pass, model, inner, inductor_options)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx import GraphModule
@@ -20,10 +20,12 @@ def compile_aot_eager(graph_module: GraphModule, inputs: Sequence[Any], sparse_p
     return _trace(graph_module, inputs, sparse_pass, {})
 
 
-def report_graph(graph_module: GraphModule, inputs: Sequence[Any], sparse_pass: SparsePass) -> None:
-    """Run the pass on what Inductor would show it, for the report alone."""
+def report_graph(graph_module: GraphModule, sparse_pass: SparsePass) -> None:
+    """Run the pass on what Inductor would show it, for the report alone. Takes ownership of the graph."""
     from torch._inductor.decomposition import select_decomp_table
 
+    # The fake inputs of Dynamo, not the real ones: those would be faked again, with other symbolic dims.
+    inputs = [node.meta["example_value"] for node in graph_module.graph.nodes if node.op == "placeholder"]
     # A context of its own: the one of the compilation in progress must not learn from this second trace.
     with tracing(TracingContext(detect_fake_mode(inputs))):
         _trace(graph_module, inputs, sparse_pass, {"decompositions": select_decomp_table()})
@@ -39,7 +41,10 @@ def copy_graph(graph_module: GraphModule) -> GraphModule:
 
 
 def _trace(
-    graph_module: GraphModule, inputs: Sequence[Any], sparse_pass: SparsePass, options: dict[str, Any]
+    graph_module: GraphModule,
+    inputs: Sequence[Any],
+    sparse_pass: SparsePass,
+    options: dict[str, Any],
 ) -> Callable[..., Any]:
     def run_op_by_op(aten: GraphModule, _: Sequence[Any]) -> Any:
         return make_boxed_func(aten.forward)
@@ -62,4 +67,4 @@ def _trace(
         keep_inference_input_mutations=True,
         **options,
     )
-    return compiler(graph_module, inputs)  # type: ignore[no-any-return]
+    return compiler(graph_module, inputs)

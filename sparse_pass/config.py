@@ -13,7 +13,11 @@ Mask: TypeAlias = Literal["optimal", "greedy"]
 GradWeight: TypeAlias = Literal["dense", "masked"]
 Backend: TypeAlias = Literal["auto", "cusparselt", "masked_dense"]
 
-_CHOICES = {"mask": get_args(Mask), "grad_weight": get_args(GradWeight), "backend": get_args(Backend)}
+_CHOICES = {
+    "mask": get_args(Mask),
+    "grad_weight": get_args(GradWeight),
+    "backend": get_args(Backend),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +66,7 @@ class WeightSparsity:
 
     def __str__(self) -> str:
         """The fields that differ from their defaults, for tables: ``w24(mask=greedy)``."""
-        changed = [
-            f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default
-        ]
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"w24({', '.join(changed)})" if changed else "w24"
 
 

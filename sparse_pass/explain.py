@@ -44,7 +44,7 @@ def explain(model: nn.Module, config: Config) -> Callable[..., Report]:
     def run(*args: Any, **kwargs: Any) -> Report:
         def report_only(graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             with sparse_pass.seeing(replace(graph_names(graph_module, model), checked=True)):
-                report_graph(copy_graph(graph_module), inputs, sparse_pass)
+                report_graph(copy_graph(graph_module), sparse_pass)
             return graph_module.forward
 
         with _untouched(model):

@@ -40,13 +40,48 @@ _GEMMS: dict[Any, tuple[tuple[int, Layout], ...]] = {
 
 # Ops that only move or round elements: a 2:4 mask commutes with re-running them on the masked weight.
 _MOVES = frozenset(
-    "permute t transpose numpy_T view _unsafe_view reshape flatten unflatten expand unsqueeze squeeze"
-    " clone contiguous alias detach lift_fresh_copy slice select narrow split split_with_sizes chunk"
-    " unbind convert_element_type _to_copy to".split()
+    [
+        "permute",
+        "t",
+        "transpose",
+        "numpy_T",
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "lift_fresh_copy",
+        "slice",
+        "select",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "convert_element_type",
+        "_to_copy",
+        "to",
+    ]
 )
 # What stands between a GEMM's gradient and the gradient output of its weight.
 _GRAD_MOVES = _MOVES | frozenset(
-    "add cat slice_backward select_backward slice_scatter select_scatter constant_pad_nd sum".split()
+    [
+        "add",
+        "cat",
+        "slice_backward",
+        "select_backward",
+        "slice_scatter",
+        "select_scatter",
+        "constant_pad_nd",
+        "sum",
+    ]
 )
 
 
@@ -118,9 +153,7 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
         sharing.setdefault(linear.weight, []).append(linear)
     if backward:
         grad_outputs = _gradient_outputs(graph)
-        forward = [
-            _with_backward(one, sharing[one.weight], reads.get(one.weight, []), grad_outputs) for one in forward
-        ]
+        forward = [_with_backward(one, sharing[one.weight], reads.get(one.weight, []), grad_outputs) for one in forward]
     return Found(tuple(forward), has_stacks)
 
 
@@ -142,7 +175,7 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
         value = use.operand.meta["val"]
         if value.dim() < 2:
             continue
-        n, k = (value.shape[-2:] if layout == "nk" else reversed(value.shape[-2:]))
+        n, k = value.shape[-2:] if layout == "nk" else reversed(value.shape[-2:])
         return Linear(names, root, use, layout, (_rows(gemm, n), n, k))
     return None
 
@@ -270,7 +303,11 @@ def _with_backward(
             if grad_operand is None:
                 unplaced = unplaced or "grad_weight: not found in the graph; left as captured"
     return replace(
-        linear, grad_input=grad_input, grad_operand=grad_operand, grad_output=index, unplaced=unplaced
+        linear,
+        grad_input=grad_input,
+        grad_operand=grad_operand,
+        grad_output=index,
+        unplaced=unplaced,
     )
 
 

@@ -102,10 +102,7 @@ def _parse_entry(text: str, scheme: object) -> Pattern:
         except re.error as error:
             raise ValueError(f"config key {text!r}: the regular expression does not compile: {error}") from None
         return Pattern(text, regex, False, scheme)
-    parts = [
-        "[^.]+" if part == "*" else re.escape(part).replace(r"\*", "[^.]*")
-        for part in normalize(text).split(".")
-    ]
+    parts = ["[^.]+" if part == "*" else re.escape(part).replace(r"\*", "[^.]*") for part in normalize(text).split(".")]
     return Pattern(text, re.compile(r"\.".join(parts)), "*" not in text, scheme)
 
 

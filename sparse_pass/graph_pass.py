@@ -1,176 +1,26 @@
-"""The pass: find the named linears of a graph, decide for each GEMM, rewrite, report."""
+"""The pass as torch.compile takes it: one object for all graphs of a model, with ids for the caches."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._logging import trace_structured
-from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph
 
 from .config import Config, Scheme
-from .find import Linear, Use, find_linears, parameter_nodes
-from .fqn import Pattern, choose, parse_config
-from .legal import KERNEL_DTYPES, Limits, device_limits, why_not_sparse, why_skipped
-from .report import Report, Site, Status, merge
-from .rewriter import Rewriter
-
-log = logging.getLogger(__name__)
+from .fqn import parse_config
+from .legal import KERNEL_DTYPES, Limits, device_limits
+from .report import Report, merge
+from .rewrite_graph import Names, rewrite_graph
 
 Tune: TypeAlias = Literal["auto", "off"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Names:
-    """Parameter names by position of the graph input, from the graph that Dynamo captured."""
-
-    by_input: Mapping[int, tuple[str, ...]]
-    last_graph: bool = True
-    """False where a graph break follows: what is not named here may be named in the next graph."""
-    checked: bool = False
-    """Whether the config was checked against the model: then an absent layer is no surprise."""
-
-
-def rewrite_graph(
-    graph: Graph, patterns: Sequence[Pattern], names: Names | None = None, *, strict: bool = False
-) -> Report:
-    """Rewrite the linears that ``patterns`` name, in place.
-
-    Raises:
-        ValueError: an exactly named linear cannot be 2:4 sparse, or with ``strict`` any named one. The
-            graph is untouched then.
-    """
-    parameters = parameter_nodes(graph, names.by_input if names else {})
-    found = find_linears(graph, parameters)
-    chosen: list[tuple[Linear, Pattern]] = []
-    matched: set[str] = set()
-    for linear in found.linears:
-        matched.update(pattern.text for pattern in patterns if pattern.names(linear.names))
-        pattern = choose(patterns, linear.names)
-        if pattern is not None and pattern.scheme is not None:
-            chosen.append((linear, pattern))
-    _refuse([(one, pattern, reason) for one, pattern in chosen if (reason := why_skipped(one))], strict)
-    sites = []
-    if chosen:
-        rewriter = Rewriter(graph, _fake_mode(graph))
-        sites = [_rewrite_linear(rewriter, linear, pattern) for linear, pattern in chosen]
-        rewriter.clean(linear for linear, _ in chosen)
-        graph.lint()
-    notes = []
-    if names is None and not parameters:
-        notes.append("parameter names are not visible to a pass that sees the ATen graph only: linears are known"
-                     " by their modules; use sparse_backend or inductor_options to name parameters")  # fmt: skip
-    if not found.has_stacks and not parameters:
-        notes.append("no matmul of the graph carries a module name (nn_module_stack): no layer can be named")
-    report = Report(
-        sites=tuple(sites),
-        unmatched=tuple(pattern.text for pattern in patterns if pattern.text not in matched),
-        notes=tuple(notes),
-        graphs=1,
-    )
-    _log(report)
-    return report
-
-
-def _refuse(skipped: list[tuple[Linear, Pattern, str]], strict: bool) -> None:
-    refused = [
-        f"{linear.names[0]!r} (named {'exactly' if pattern.exact else f'by {pattern.text!r}'}): {reason}"
-        for linear, pattern, reason in skipped
-        if strict or pattern.exact
-    ]
-    if refused:
-        raise ValueError("sparse_pass cannot sparsify " + "; ".join(refused))
-
-
-def _rewrite_linear(rewriter: Rewriter, linear: Linear, pattern: Pattern) -> Site:
-    scheme = pattern.scheme
-    assert scheme is not None
-    m, n, k = linear.shape
-    dtype = linear.output.operand.meta["val"].dtype
-
-    def site(status: Status, reason: str, output: str | None, grad_input: str | None, grad_weight: str | None) -> Site:
-        return Site(
-            fqn=linear.names[0], pattern=pattern.text, scheme=scheme, dtype=dtype, status=status, reason=reason,
-            shape=(m if isinstance(m, int) else str(m), n, k),
-            output=output, grad_input=grad_input, grad_weight=grad_weight,
-        )  # fmt: skip
-
-    grad_weight = None if linear.grad_output is None else "dense"
-    grad_input = "dense" if linear.grad_input else None
-    skipped = why_skipped(linear)
-    if skipped:
-        return site("skipped", skipped, "dense", grad_input, grad_weight)
-    if linear.unplaced.startswith("grad_weight") and (scheme.grad_weight == "masked" or scheme.decay):
-        raise ValueError(
-            f"sparse_pass: {linear.names[0]!r} asks for {scheme}, but {linear.unplaced}; use grad_weight='dense', decay=0"
-        )
-    limits = device_limits(linear.weight.meta["val"].device, dtype)
-    reasons = {use: why_not_sparse(use, linear.weight, scheme, limits) for use in (linear.output, *linear.grad_input)}
-    sparse = [use for use, reason in reasons.items() if reason is None]
-    masked = [use for use, reason in reasons.items() if reason is not None]
-    kernel = "cusparselt" if limits.device == "cuda" else "reference"
-
-    def kernel_of(uses: Sequence[Use]) -> str | None:
-        return None if not uses else kernel if all(use in sparse for use in uses) else "masked_dense"
-
-    output, grad_input = kernel_of([linear.output]), kernel_of(linear.grad_input)
-    why = [] if reasons[linear.output] is None else [str(reasons[linear.output])]
-    backward = {str(reasons[use]) for use in linear.grad_input if reasons[use] is not None} - set(why)
-    why += [f"grad_input: {reason}" for reason in sorted(backward)]
-    why += [linear.unplaced] if linear.unplaced else []
-    rewriter.rewrite(linear, scheme, sparse, masked)
-    return site("sparse" if sparse else "masked_dense", "; ".join(why), output, grad_input, grad_weight)
-
-
-def _fake_mode(graph: Graph) -> FakeTensorMode:
-    for node in graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if isinstance(mode, FakeTensorMode):
-            return mode
-    raise ValueError(
-        "the graph carries no fake tensors in node.meta['val']; capture it with torch.compile, torch.export or AOTAutograd"
-    )
-
-
-def _log(report: Report) -> None:
-    for site in report.sites:
-        level = logging.WARNING if site.status == "skipped" else logging.INFO
-        log.log(level, "%s: %s%s", site.fqn, site.status, f" ({site.reason})" if site.reason else "")
-    log.debug("%s", report)
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": "sparse_pass_report", "encoding": "string"},
-        payload_fn=lambda: str(report),
-    )
-
-
-def rewrite(graph_module: GraphModule, config: Config) -> Report:
-    """Rewrite an ATen graph in place, outside of torch.compile.
-
-    Args:
-        graph_module: a joint or inference graph of AOTAutograd, or the graph of a torch.export program
-            (``ep.graph_module`` or ``ep.module()``), with fake tensors in ``node.meta["val"]``.
-        config: names to schemes, as for :func:`sparse_backend`.
-
-    Returns:
-        Report: one site per named linear of this graph.
-
-    Raises:
-        ValueError: bad config; an exactly named linear that cannot be 2:4 sparse; no fake tensors.
-    """
-    report = rewrite_graph(graph_module.graph, parse_config(config))
-    graph_module.recompile()
-    return report
 
 
 class SparsePass(CustomGraphPass):
@@ -194,7 +44,7 @@ class SparsePass(CustomGraphPass):
         self.config: dict[str, Scheme | None] = dict(config) if isinstance(config, Mapping) else config
         self.strict = strict
         self.tune = tune
-        self._patterns = parse_config(config)
+        self.patterns = parse_config(config)
         self._reports: list[Report] = []
         # Names of the graph that a thread is compiling. Compilation may run on several threads at once.
         self._names: dict[int, Names] = {}
@@ -206,7 +56,7 @@ class SparsePass(CustomGraphPass):
         names = self._names.get(threading.get_ident())
         if names is not None:
             self._awaited.pop(names, None)
-        self._reports.append(rewrite_graph(graph, self._patterns, names, strict=self.strict))
+        self._reports.append(rewrite_graph(graph, self.patterns, names, strict=self.strict))
         if names is None or (names.last_graph and not names.checked):
             self._warn_unmatched(names)
 
@@ -251,7 +101,7 @@ class SparsePass(CustomGraphPass):
         return self._merged()
 
     def _merged(self) -> Report:
-        return merge(self._reports, [pattern.text for pattern in self._patterns])
+        return merge(self._reports, [pattern.text for pattern in self.patterns])
 
     def _warn_unmatched(self, names: Names | None) -> None:
         absent = [text for text in self._merged().unmatched if text not in self._warned]

@@ -131,7 +131,18 @@ def _is_flip(node: Node) -> bool:
     if node.target not in _FLIPS:
         return False
     dims = node.args[1:]
-    return dims in ((), ([1, 0],), ([-1, 0],), ([-1, -2],), (0, 1), (1, 0), (-1, -2), (-2, -1), (0, -1), (-1, 0))
+    return dims in (
+        (),
+        ([1, 0],),
+        ([-1, 0],),
+        ([-1, -2],),
+        (0, 1),
+        (1, 0),
+        (-1, -2),
+        (-2, -1),
+        (0, -1),
+        (-1, 0),
+    )
 
 
 def reads_rows(use: Use) -> bool:

@@ -55,9 +55,7 @@ def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
                 raise ValueError(f"{pattern.text!r} cannot be sparsified: {reason}")
 
 
-def chosen_weights(
-    model: nn.Module, patterns: Sequence[Pattern]
-) -> list[tuple[str, nn.Parameter, Pattern]]:
+def chosen_weights(model: nn.Module, patterns: Sequence[Pattern]) -> list[tuple[str, nn.Parameter, Pattern]]:
     """The weights that the patterns choose, each once, under its best name (a module's before a parameter's)."""
     names: dict[int, list[str]] = {}
     weights = linear_weights(model)
@@ -104,5 +102,3 @@ def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> di
         if path:
             found[index] = longer if len(longer) == 1 else (path,)
     return found
-
-

@@ -44,9 +44,14 @@ def prune_(model: nn.Module, config: Config) -> Report:
         n, k = weight.shape
         sites.append(
             Site(
-                fqn=name, pattern=pattern.text, scheme=scheme, shape=("-", n, k), dtype=weight.dtype,
-                status="skipped" if reason else "sparse", reason=reason,
-            )  # fmt: skip
+                fqn=name,
+                pattern=pattern.text,
+                scheme=scheme,
+                shape=("-", n, k),
+                dtype=weight.dtype,
+                status="skipped" if reason else "sparse",
+                reason=reason,
+            )
         )
     with torch.no_grad():
         for weight, mask in kept:

@@ -60,7 +60,16 @@ class Report:
         lines = [head]
         if self.sites:
             lines += _table(
-                ("fqn", "scheme", "M, N, K", "status", "output", "grad_input", "grad_weight", "reason"),
+                (
+                    "fqn",
+                    "scheme",
+                    "M, N, K",
+                    "status",
+                    "output",
+                    "grad_input",
+                    "grad_weight",
+                    "reason",
+                ),
                 [
                     (
                         site.fqn,

@@ -53,9 +53,7 @@ class Rewriter:
         self._mode = mode
         self._made: dict[Any, Node] = {}
 
-    def rewrite(
-        self, linear: Linear, scheme: Scheme, sparse: Iterable[Use], masked: Iterable[Use]
-    ) -> None:
+    def rewrite(self, linear: Linear, scheme: Scheme, sparse: Iterable[Use], masked: Iterable[Use]) -> None:
         """Rewrite one call of a linear.
 
         Args:
@@ -79,7 +77,8 @@ class Rewriter:
             mask_of_operand = self._replay(linear.output.chain, weight, mask, before, skip=_CASTS)
             self._mask_gradient(linear, mask_of_operand)
         if decay:
-            assert mask is not None and linear.grad_output is not None
+            assert mask is not None
+            assert linear.grad_output is not None
             self._decay(weight, mask, scheme.decay, linear.grad_output)
         for use in sparse:
             # packed and packed_t are both made at the first forward GEMM.
@@ -172,10 +171,15 @@ class Rewriter:
         scaled = self._call_before(output, aten.mul.Tensor, (dropped, decay), like=gradient)
         values[grad_output] = self._call_before(output, aten.add.Tensor, (gradient, scaled), like=gradient)
         self._made["decay", weight] = values[grad_output]
-        output.args = (type(output.args[0])(values),)  # type: ignore[call-arg,arg-type]
+        output.args = (values if isinstance(output.args[0], list) else tuple(values),)
 
     def _replay(
-        self, chain: tuple[Node, ...], old: Node, new: Node, before: Node, skip: frozenset[Any] = frozenset()
+        self,
+        chain: tuple[Node, ...],
+        old: Node,
+        new: Node,
+        before: Node,
+        skip: frozenset[Any] = frozenset(),
     ) -> Node:
         """Run the moves of ``chain``, which made an operand of ``old``, on ``new``."""
         for node in chain:
@@ -190,7 +194,12 @@ class Rewriter:
 
     def _zero(self, value_like: Node, before: Node, *, like: Node) -> Node:
         value = value_like.meta["val"]
-        kwargs = {"dtype": value.dtype, "layout": torch.strided, "device": value.device, "pin_memory": False}
+        kwargs = {
+            "dtype": value.dtype,
+            "layout": torch.strided,
+            "device": value.device,
+            "pin_memory": False,
+        }
         return self._call_before(before, aten.full.default, ([], 0), kwargs, like=like)
 
     def _once(self, key: Any, make: Callable[[], Node]) -> Node:
@@ -199,7 +208,12 @@ class Rewriter:
         return self._made[key]
 
     def _call_before(
-        self, before: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *,
+        self,
+        before: Node,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        *,
         like: Node | None = None,
     ) -> Node:
         """Insert a call before ``before``, with the metadata of ``like`` (default: of ``before``)."""

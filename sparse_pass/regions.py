@@ -1,0 +1,84 @@
+"""Keep parts of a model apart that Dynamo would let share one compiled graph.
+
+``for block in model.blocks: block.compile(backend=...)`` runs one forward for all blocks, so Dynamo
+reuses the graph of the first block wherever its guards hold. That is right while the config treats all
+blocks alike. Where it does not, a guard on the block lets only blocks that are treated alike share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from torch._dynamo.guards import GuardBuilder, get_verbose_code_parts
+from torch._guards import Guard, Source, TracingContext
+from torch.fx import GraphModule
+
+from .config import Scheme
+from .fqn import Pattern, choose, from_source, normalize
+from .model_names import linear_weights
+
+
+def guard_region(graph_module: GraphModule, model: nn.Module, patterns: Sequence[Pattern]) -> None:
+    """Guard a graph that Dynamo captured from a part of ``model``; a no-op for the whole model."""
+    region = _root_module(graph_module)
+    if region is None:
+        return
+    source, path, example = region
+    prefix = _prefix(model, path, example)
+    if not prefix:
+        return
+    weights = linear_weights(model)
+    decisions = {name: choose(patterns, [name]) for name in weights}
+    chosen = {name: pattern.scheme if pattern else None for name, pattern in decisions.items()}
+    kind = type(model.get_submodule(prefix))
+    alike, other = set(), False
+    for name, module in model.named_modules():
+        if type(module) is kind:
+            same = _below(normalize(name), chosen) == _below(normalize(prefix), chosen)
+            other |= not same
+            if same:
+                alike.add(id(module))
+    if other:
+        _add_guard(source, frozenset(alike), prefix)
+
+
+def _root_module(graph_module: GraphModule) -> tuple[Source, str, object] | None:
+    """Source of the module that runs, with the path and value of one of its parameters."""
+    for node in graph_module.graph.nodes:
+        source, argument = getattr(node, "_dynamo_source", None), node.meta.get("grapharg")
+        if node.op != "placeholder" or source is None or argument is None:
+            continue
+        if isinstance(argument.example, nn.Parameter):
+            path = from_source(source.name if isinstance(source.name, str) else source.name())
+            while hasattr(source, "base"):
+                source = source.base
+            if path:
+                return source, path, argument.example
+    return None
+
+
+def _prefix(model: nn.Module, path: str, parameter: object) -> str:
+    """Name of the module that knows ``parameter`` of the model as ``path``; "" for the model itself."""
+    for name, known in model.named_parameters(remove_duplicate=False):
+        if known is parameter and name.endswith("." + path):
+            return name[: -len(path) - 1]
+    return ""
+
+
+def _below(prefix: str, chosen: Mapping[str, Scheme | None]) -> dict[str, Scheme | None]:
+    start = prefix + "."
+    return {name[len(start) :]: scheme for name, scheme in chosen.items() if name.startswith(start)}
+
+
+def _add_guard(source: Source, alike: frozenset[int], prefix: str) -> None:
+    def SPARSE_PASS_REGION(builder: GuardBuilder, guard: Guard) -> None:
+        builder.get_guard_manager(guard).add_lambda_guard(
+            lambda module: id(module) in alike,
+            get_verbose_code_parts([f"{guard.name} is treated by sparse_pass as {prefix!r} is"], guard),
+            guard.user_stack,
+        )
+
+    context = TracingContext.try_get()
+    if context is not None:
+        context.guards_context.dynamo_guards.add(source.make_guard(SPARSE_PASS_REGION))
