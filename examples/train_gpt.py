@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -146,9 +147,7 @@ def autocast(args: argparse.Namespace) -> AbstractContextManager[object]:
     return torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def evaluate(
-    forward: Callable[[Tensor], Tensor], batches: Sequence[Tensor], args: argparse.Namespace
-) -> float:
+def evaluate(forward: Callable[[Tensor], Tensor], batches: Sequence[Tensor], args: argparse.Namespace) -> float:
     with torch.no_grad(), autocast(args):
         return statistics.fmean(forward(batch.to(args.device)).item() for batch in batches)
 
@@ -174,13 +173,11 @@ def train(
     cuda = args.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     generator = torch.Generator().manual_seed(args.seed)  # the same batches in every run
     run, seconds = Run(), []
     every = max(1, args.steps // args.evals)
-    progress = tqdm(range(args.steps), desc=f"{name:>6}", unit="step", mininterval=0.5)
+    progress = tqdm(range(args.steps), desc=f"{name:>6}", unit="step", disable=None)
     for step in progress:
         starts = torch.randint(len(text) - args.context, (args.batch,), generator=generator)
         tokens = cut(text, starts, args.context).to(args.device)
@@ -198,10 +195,8 @@ def train(
         if (step + 1) % every == 0 or step + 1 == args.steps:
             run.val_steps.append(step + 1)
             run.val_loss.append(evaluate(forward, val_batches, args))
-        progress.set_postfix(
-            loss=f"{run.train_loss[-1]:.3f}",
-            val=f"{run.val_loss[-1]:.3f}" if run.val_loss else "-",
-        )
+            tqdm.write(f"{name:>6}  step {step + 1:5d}  val loss {run.val_loss[-1]:.4f}")
+        progress.set_postfix_str(f"loss {run.train_loss[-1]:.3f}", refresh=False)
     run.first_step_s = seconds[0]
     run.step_ms = 1e3 * statistics.median(seconds[len(seconds) // 10 or 1 :] or seconds)
     if cuda:
@@ -213,41 +208,38 @@ def train(
 
 
 def rewritten_table(report: sp.Report) -> Table:
-    """The sites of a report, one row for layers that differ in their block number alone."""
-    table = Table(title="What was rewritten")
-    for column in ("layers", "sites", "graph", "status", "output", "grad_input", "grad_weight"):
+    """The kernels of a report, one row for layers that differ in their block number alone."""
+    table = Table(title="What was rewritten", box=box.SIMPLE_HEAD)
+    for column in ("layers", "sites", "graph", "output", "grad_input", "grad_weight"):
         table.add_column(column)
     rows = Counter(
         (
             re.sub(r"\.\d+\.", ".*.", site.fqn),
             "training" if site.grad_weight else "inference",
-            site.status,
-            site.output or "-",
-            site.grad_input or "-",
-            site.grad_weight or "-",
+            *(kernel or "-" for kernel in (site.output, site.grad_input, site.grad_weight)),
         )
         for site in report.sites
     )
     for (layers, *rest), count in rows.items():
         table.add_row(layers, str(count), *rest)
+    reasons = Counter(f"{site.status}: {site.reason or 'as asked'}" for site in report.sites)
+    table.caption = "\n".join(f"{count} sites {reason}" for reason, count in reasons.items())
     return table
 
 
 def results_table(runs: dict[str, Run], after: dict[str, float], args: argparse.Namespace) -> Table:
-    table = Table(title=f"After {args.steps} steps (val loss in nats per byte)")
-    for column in ("weights", "computed as", "val loss", "median step", "first step"):
-        table.add_column(
-            column, justify="left" if column in ("weights", "computed as") else "right"
-        )
-    if args.device == "cuda":
-        table.add_column("peak memory", justify="right")
+    table = Table(title=f"After {args.steps} steps", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    columns = ["val loss (nats/byte)", "median step", "first step"]
+    for column in columns + ["peak memory"] * (args.device == "cuda"):
+        table.add_column(column, justify="right")
     for name, run in runs.items():
         cells = [f"{run.val_loss[-1]:.4f}", f"{run.step_ms:.1f} ms", f"{run.first_step_s:.1f} s"]
         if run.peak_gib is not None:
             cells.append(f"{run.peak_gib:.2f} GiB")
-        table.add_row(f"{name} run", f"{name}, compiled", *cells)
+        table.add_row(f"{name} run", *cells)
     for name, loss in after.items():
-        table.add_row("sparse run", name, f"{loss:.4f}")
+        table.add_row(f"  {name}", f"{loss:.4f}")
     return table
 
 
@@ -260,10 +252,7 @@ def plot(runs: dict[str, Run], path: Path, scheme: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     window = max(1, len(runs["dense"].train_loss) // 50)
     for (name, run), color in zip(runs.items(), ("tab:blue", "tab:orange"), strict=True):
-        mean = [
-            statistics.fmean(run.train_loss[max(0, i - window + 1) : i + 1])
-            for i in range(len(run.train_loss))
-        ]
+        mean = [statistics.fmean(run.train_loss[max(0, i - window + 1) : i + 1]) for i in range(len(run.train_loss))]
         label = name if name == "dense" else f"{name} ({scheme})"
         axes.plot(range(1, len(mean) + 1), mean, color=color, alpha=0.5, label=f"{label}, training")
         axes.plot(run.val_steps, run.val_loss, "o-", color=color, label=f"{label}, held out")
@@ -278,12 +267,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--scheme", choices=SCHEMES, default="w24", help="what the named layers get"
-    )
-    parser.add_argument(
-        "--sparse", nargs="+", default=list(LAYERS), metavar="PATTERN", help="layers to make sparse"
-    )
+    parser.add_argument("--scheme", choices=SCHEMES, default="w24", help="what the named layers get")
+    parser.add_argument("--sparse", nargs="+", default=list(LAYERS), metavar="PATTERN", help="layers to make sparse")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--dtype",
@@ -301,9 +286,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--evals", type=int, default=6, help="evaluations in a run")
     parser.add_argument("--val-batches", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/train_gpt"), help="folder of plot and results"
-    )
+    parser.add_argument("--out", type=Path, default=Path("out/train_gpt"), help="folder of plot and results")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch finds no CUDA device")
@@ -312,12 +295,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    console = Console()
+    console = Console(highlight=False)
     text, held_out = load_text()
     spread = torch.linspace(0, len(held_out) - args.context - 1, args.val_batches * args.batch)
-    val_batches = [
-        cut(held_out, starts, args.context) for starts in spread.long().split(args.batch)
-    ]
+    val_batches = [cut(held_out, starts, args.context) for starts in spread.long().split(args.batch)]
 
     torch.manual_seed(args.seed)
     dense_model = GPT(args.layers, args.dim, args.heads, args.context).to(args.device)
@@ -344,25 +325,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     pruned = copy.deepcopy(sparse_model)
     sp.prune_(pruned, config)
     after = {
-        "dense, torch.compile(model)": evaluate(back_to_dense, val_batches, args),
-        "dense, pruned by sp.prune_": evaluate(pruned, val_batches, args),
+        "its weights, dense again": evaluate(back_to_dense, val_batches, args),
+        "its weights, sp.prune_": evaluate(pruned, val_batches, args),
     }
 
     console.print(rewritten_table(backend.report))
-    for reason in sorted({site.reason for site in backend.report.sites if site.reason}):
-        console.print(f"reason: {reason}", highlight=False)
     console.print(results_table(runs, after, args))
     if args.device == "cpu":
         console.print(
-            "A CPU has no 2:4 matmuls: the sparse run computes the same mathematics as on a GPU, with"
-            " dense matmuls of masked weights, and is not faster."
+            "A CPU has no 2:4 matmuls: the sparse run computes the same mathematics as on a GPU,"
+            " with dense matmuls of masked weights, and is not faster."
         )
     args.out.mkdir(parents=True, exist_ok=True)
     plot(runs, args.out / "loss.png", args.scheme)
     record = {"args": vars(args) | {"out": str(args.out)}, "after": after}
     record |= {name: vars(run) for name, run in runs.items()}
     (args.out / "results.json").write_text(json.dumps(record, indent=1))
-    console.print(f"wrote {args.out / 'loss.png'} and {args.out / 'results.json'}", highlight=False)
+    console.print(f"wrote {args.out / 'loss.png'} and {args.out / 'results.json'}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(0)
     begin = time.perf_counter()
-    with tqdm(total=steps, desc=f"{name:>6}", unit="step") as progress:
+    with tqdm(total=steps, desc=f"{name:>6}", unit="step", disable=None) as progress:
         for _ in range(epochs):
             order = torch.randperm(len(train_images), generator=generator)
             for chosen in order.split(batch)[: len(train_images) // batch]:
@@ -113,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     backend = sp.sparse_backend(config, model=sparse_model)
     results = {
-        "dense": train(
-            "dense", dense_model, torch.compile(dense_model), data, args.epochs, args.batch
-        ),
+        "dense": train("dense", dense_model, torch.compile(dense_model), data, args.epochs, args.batch),
         "sparse": train(
             "sparse",
             sparse_model,

@@ -157,10 +157,7 @@ class SparseBackend:
         if self._model is not None:
             guard_region(graph_module, self._model, self._pass.patterns)
         if self._inner == "aot_eager":
-            if mode or given:
-                raise ValueError(
-                    f"inner='aot_eager' takes no mode or Inductor options, got mode={mode!r}, options={given!r}"
-                )
+            _refuse_options(mode, given)
             with self._pass.seeing(names):
                 return compile_aot_eager(graph_module, inputs, self._pass)
         with self._pass.seeing(names, _Retrace(graph_module)):
@@ -170,6 +167,11 @@ class SparseBackend:
     def report(self) -> Report:
         """Every graph compiled so far, whether compiled now or taken from a cache."""
         return self._pass.report
+
+
+def _refuse_options(mode: str | None, options: Mapping[str, Any]) -> None:
+    if mode or options:
+        raise ValueError(f"inner='aot_eager' takes no mode or Inductor options, got mode={mode!r}, options={options!r}")
 
 
 def _compile_inductor(
@@ -208,10 +210,15 @@ def sparse_backend(
     Raises:
         ValueError: bad config or argument; with ``model``, a pattern that names no linear weight (lists
             the closest names) or an exactly named weight that cannot be 2:4 sparse.
+        RuntimeError: an option that Inductor does not know.
     """
     if inner not in get_args(Inner):
         raise ValueError(f"inner={inner!r}: expected one of {', '.join(map(repr, get_args(Inner)))}")
     sparse_pass = SparsePass(config, strict=strict, tune=tune)
     if model is not None:
         check_names(model, sparse_pass.patterns)
+    if inner == "aot_eager":
+        _refuse_options(None, inductor_options)
+    else:
+        torch._TorchCompileInductorWrapper(None, inductor_options, None)  # raises for unknown options
     return SparseBackend(sparse_pass, model, inner, inductor_options)

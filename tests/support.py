@@ -1,0 +1,358 @@
+"""What the tests share: the straight-through reference, the comparison with it, graph invariants, tolerances."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+import sparse_pass as sp
+
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 2e-2,
+}
+"""Relative error (Frobenius norm) that rounding may cause in the models of these tests, by GEMM dtype.
+A dropped or misplaced mask costs 0.1 and more."""
+
+Config = Mapping[str, sp.WeightSparsity | None]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of ``expected``, in float64; shapes must be equal."""
+    assert actual.shape == expected.shape, f"shape {actual.shape} is not {expected.shape}"
+    assert actual.dtype == expected.dtype, f"dtype {actual.dtype} is not {expected.dtype}"
+    difference, norm = (actual.double() - expected.double()).norm(), expected.double().norm()
+    return float(difference / norm) if norm else float(difference)
+
+
+# The reference
+
+
+class StraightThrough(nn.Module):
+    """``w + (S(w) - w).detach()``, or S(w) itself where its gradient is to be masked too."""
+
+    def __init__(self, scheme: sp.WeightSparsity) -> None:
+        super().__init__()
+        self.scheme = scheme
+
+    def forward(self, weight: Tensor) -> Tensor:
+        kept = torch.where(sp.mask24(weight, self.scheme.mask), weight, torch.zeros_like(weight))
+        return kept if self.scheme.grad_weight == "masked" else weight + (kept - weight).detach()
+
+
+def named_parameters(model: nn.Module, config: Config) -> dict[str, sp.WeightSparsity]:
+    """The parameters that a config of plain names and ``*`` patterns means. Not the code under test."""
+    chosen = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for key, scheme in config.items():
+            pattern = re.escape(key).replace(r"\*", "[^.]+")
+            if scheme and parameter.dim() == 2 and re.fullmatch(rf"{pattern}(\.weight)?", name):
+                chosen[name] = scheme
+    return chosen
+
+
+def ste_reference(model: nn.Module, config: Config) -> nn.Module:
+    """A deep copy of ``model`` whose named parameters are parametrized by `StraightThrough`.
+
+    Of a tied weight only the named places are masked. ``decay`` is added once per parameter.
+    """
+    reference = copy.deepcopy(model)
+    for name, scheme in named_parameters(model, config).items():
+        owner, _, leaf = name.rpartition(".")
+        parametrize.register_parametrization(
+            reference.get_submodule(owner), leaf, StraightThrough(scheme)
+        )
+        if scheme.decay:
+            weight = reference.get_submodule(owner).parametrizations[leaf].original
+            weight.register_hook(lambda gradient, w=weight, s=scheme: gradient + decay_of(w, s))
+    return reference
+
+
+def decay_of(weight: Tensor, scheme: sp.WeightSparsity) -> Tensor:
+    """What the scheme's decay adds to the gradient of a weight."""
+    return scheme.decay * weight.detach() * ~sp.mask24(weight, scheme.mask)
+
+
+def original_name(name: str) -> str:
+    """Name in the model of a parameter of its reference."""
+    return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
+
+
+# Running
+
+
+@dataclass(frozen=True)
+class Result:
+    """Float tensors that one call gave: outputs, and gradients by the name of what they belong to."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor | None]
+
+
+def run(
+    function: Callable[..., Any],
+    parameters: Mapping[str, Tensor],
+    inputs: Sequence[Any],
+    *,
+    backward: bool = True,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Result:
+    """Call ``function`` under ``context``, pull back the same cotangents every time, return all of it."""
+    inputs = [_leaf(value) for value in inputs]
+    for parameter in parameters.values():
+        parameter.grad = None
+    with context():
+        result = function(*inputs)
+    outputs = [
+        leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    gradients: dict[str, Tensor | None] = {}
+    if backward:
+        differentiable = [output for output in outputs if output.requires_grad]
+        generator = torch.Generator().manual_seed(0)
+        cotangents = [
+            torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output.dtype)
+            for output in differentiable
+        ]
+        torch.autograd.backward(differentiable, cotangents)
+        leaves = {f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor)}
+        gradients = {name: leaf.grad for name, leaf in {**parameters, **leaves}.items()}
+        for parameter in parameters.values():
+            parameter.grad = None
+    return Result(tuple(output.detach() for output in outputs), gradients)
+
+
+def _leaf(value: Any) -> Any:
+    """The same values in the same strides, as a leaf of a new graph."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def errors(actual: Result, expected: Result) -> dict[str, float]:
+    """Relative error of every output and gradient, by name."""
+    assert len(actual.outputs) == len(expected.outputs)
+    assert actual.gradients.keys() == expected.gradients.keys()
+    found = {
+        f"output {i}": relative_error(a, e)
+        for i, (a, e) in enumerate(zip(actual.outputs, expected.outputs, strict=True))
+    }
+    for name, gradient in actual.gradients.items():
+        other = expected.gradients[name]
+        assert (gradient is None) == (other is None), f"only one side has a gradient of {name}"
+        if gradient is not None and other is not None:
+            found[f"gradient of {name}"] = relative_error(gradient, other)
+    return found
+
+
+@contextmanager
+def fresh_compile() -> Iterator[None]:
+    """No compiled code and no compile cache from before: with a warm cache the pass would not run at all."""
+    torch._dynamo.reset()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+    torch._dynamo.reset()
+
+
+def compare(
+    model: nn.Module,
+    config: Config,
+    *batches: Sequence[Any],
+    masked: Config | None = None,
+    sites: int | None = None,
+    graphs: int | None = None,
+    status: str = "masked_dense",
+    inner: str = "aot_eager",
+    dynamic: bool | None = False,
+    entry: Callable[[nn.Module], Callable[..., Any]] = lambda model: model,
+    named: nn.Module | None | str = "model",
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    backward: bool = True,
+    same_gradients: bool = False,
+    tolerance: float = TOLERANCE[torch.float32],
+) -> float:
+    """Compile ``model`` with the pass, run ``batches`` through it, and compare all with the reference.
+
+    Asserts that outputs and every gradient agree; that the reference is not the dense model, so that a pass
+    that does nothing fails; the number and status of the sites of the report; the invariants of each
+    rewritten graph; and that no parameter changed.
+
+    Args:
+        batches: positional inputs of each call.
+        masked: what the reference masks, if it is not what ``config`` says by `named_parameters`.
+        sites: named linears per graph (default: the number of masked parameters).
+        graphs: graphs that are compiled (default: one, or with ``dynamic=False`` one per batch).
+        status: of every site.
+        entry: makes the function that is called, and compiled, from the model.
+        named: the backend's ``model=``; by default ``model``.
+        context: entered around each call, such as autocast.
+        same_gradients: whether the mask is known to have no influence on any gradient.
+        tolerance: greatest relative error.
+
+    Returns:
+        float: the greatest relative error.
+    """
+    masked = config if masked is None else masked
+    chosen = named_parameters(model, masked)
+    reference, dense = ste_reference(model, masked), copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    backend = sp.sparse_backend(config, model=model if named == "model" else named, inner=inner)
+    worst = 0.0
+    options = {"backward": backward, "context": context}
+    with fresh_compile(), invariants_checked():
+        compiled = torch.compile(entry(model), backend=backend, dynamic=dynamic)
+        for inputs in batches:
+            parameters = dict(model.named_parameters())
+            originals = {
+                original_name(name): parameter
+                for name, parameter in reference.named_parameters(remove_duplicate=False)
+            }
+            twins = {name: originals[name] for name in parameters}
+            actual = run(compiled, parameters, inputs, **options)
+            expected = run(entry(reference), twins, inputs, **options)
+            unmasked = run(entry(dense), dict(dense.named_parameters()), inputs, **options)
+            found = errors(actual, expected)
+            worst = max(worst, *found.values())
+            wrong = {name: error for name, error in found.items() if not error <= tolerance}
+            assert not wrong, f"relative errors above {tolerance}: {wrong}"
+            if any(output.numel() for output in expected.outputs):
+                changed = errors(unmasked, expected)
+                enough = 5 * tolerance
+                assert any(changed[key] > enough for key in changed if key.startswith("output")), (
+                    f"the reference gives the dense outputs: {changed}"
+                )
+                if backward and not same_gradients:
+                    assert any(changed[key] > enough for key in changed if "gradient" in key), (
+                        f"the reference gives the dense gradients: {changed}"
+                    )
+        report = backend.report
+    sites = len(chosen) if sites is None else sites
+    graphs = (1 if dynamic else len(batches)) if graphs is None else graphs
+    assert report.unmatched == (), str(report)
+    assert len(report.sites) == sites * graphs, f"expected {graphs} graphs with {sites} sites\n{report}"
+    assert {site.status for site in report.sites} == {status}, str(report)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name in dict(model.named_parameters()):
+        assert name not in before or torch.equal(after[name], before[name]), f"{name} was changed"
+    return worst
+
+
+# Graphs
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What a rewrite of a graph must keep."""
+
+    placeholders: tuple[str, ...]
+    outputs: tuple[Any, ...]
+    dead: frozenset[Node]
+    nodes: frozenset[Node]
+
+
+def graph_facts(graph: Graph | GraphModule) -> GraphFacts:
+    """Take down what `check_invariants` compares with."""
+    graph = graph.graph if isinstance(graph, GraphModule) else graph
+    return GraphFacts(
+        placeholders=tuple(node.name for node in graph.nodes if node.op == "placeholder"),
+        outputs=tuple(_value(leaf) for leaf in tree_leaves(graph.output_node().args)),
+        dead=frozenset(node for node in graph.nodes if _is_dead(node)),
+        nodes=frozenset(graph.nodes),
+    )
+
+
+def check_invariants(graph: Graph | GraphModule, before: GraphFacts | None = None) -> None:
+    """Assert that a rewritten graph is sound.
+
+    It passes lint; its dead nodes were dead before; each node that is new or reads a new one computes what its
+    ``meta["val"]`` says (shape, stride, dtype, device). With ``before``, placeholders and the outputs' number,
+    shapes, dtypes and devices are as they were; without it, all nodes count as new.
+    """
+    graph = graph.graph if isinstance(graph, GraphModule) else graph
+    graph.lint()
+    after = graph_facts(graph)
+    old = before.nodes if before else frozenset()
+    new_dead = after.dead - (before.dead if before else frozenset())
+    assert not new_dead, f"dead nodes: {new_dead}"
+    if before:
+        assert after.placeholders == before.placeholders
+        assert len(after.outputs) == len(before.outputs)
+        for position, (now, then) in enumerate(zip(after.outputs, before.outputs, strict=True)):
+            difference = _difference(now, then, strides=False)
+            assert not difference, f"output {position}: {difference}"
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        assert "val" in node.meta, f"{node} has no meta['val']"
+        if node in old and not any(source not in old for source in node.all_input_nodes):
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        mode = _fake_mode(node)
+        with mode if mode is not None else nullcontext():
+            value = node.target(*args, **kwargs)
+        pairs = zip(tree_leaves(value), tree_leaves(node.meta["val"]), strict=True)
+        wrong = [text for now, then in pairs if (text := _difference(now, then, strides=True))]
+        assert not wrong, f"{node.format_node()}: computed against meta['val']: {wrong}"
+
+
+@contextmanager
+def invariants_checked() -> Iterator[None]:
+    """Check every graph that a SparsePass rewrites."""
+    original = sp.SparsePass.__call__
+
+    def call(self: sp.SparsePass, graph: Graph) -> None:
+        before = graph_facts(graph)
+        original(self, graph)
+        check_invariants(graph, before)
+
+    with mock.patch.object(sp.SparsePass, "__call__", call):
+        yield
+
+
+def _is_dead(node: Node) -> bool:
+    return node.op == "call_function" and not node.users and not node.is_impure()
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.meta.get("val") if isinstance(leaf, Node) else leaf
+
+
+def _fake_mode(node: Node) -> Any:
+    for value in tree_leaves([n.meta["val"] for n in (node, *node.all_input_nodes)]):
+        if getattr(value, "fake_mode", None) is not None:
+            return value.fake_mode
+    return None
+
+
+def _difference(now: Any, then: Any, *, strides: bool) -> str:
+    """How two fake values differ; empty if they do not."""
+    if not isinstance(now, Tensor) or not isinstance(then, Tensor):
+        number = (int, float, torch.SymInt, torch.SymFloat)
+        if isinstance(now, number) and isinstance(then, number):
+            return "" if statically_known_true(now == then) else f"{now} against {then}"
+        return "" if type(now) is type(then) else f"{now} against {then}"
+    if (now.dtype, now.device, now.dim()) != (then.dtype, then.device, then.dim()):
+        return f"{now} against {then}"
+    sizes = [*now.shape, *(now.stride() if strides else ())]
+    others = [*then.shape, *(then.stride() if strides else ())]
+    same = all(statically_known_true(a == b) for a, b in zip(sizes, others, strict=True))
+    return "" if same else f"{now.shape}, {now.stride()} against {then.shape}, {then.stride()}"
