@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, TypeAlias, get_args
@@ -140,7 +141,8 @@ class SparseBackend:
         options: dict[str, Any],
     ) -> None:
         self._pass = sparse_pass
-        self._model = model
+        # Compiled code holds the backend; a strong reference would keep the parameters alive with it.
+        self._model = None if model is None else weakref.ref(model)
         self._inner = inner
         self._options = options
 
@@ -153,15 +155,26 @@ class SparseBackend:
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
         given = {**self._options, **(options or {})}
-        names = graph_names(graph_module, self._model)
-        if self._model is not None:
-            guard_region(graph_module, self._model, self._pass.patterns)
+        model = self._live_model()
+        names = graph_names(graph_module, model)
+        if model is not None:
+            guard_region(graph_module, model, self._pass.patterns)
         if self._inner == "aot_eager":
             _refuse_options(mode, given)
             with self._pass.seeing(names):
                 return compile_aot_eager(graph_module, inputs, self._pass)
         with self._pass.seeing(names, _Retrace(graph_module)):
             return _compile_inductor(graph_module, inputs, mode, _with_pass(self._pass, given, see_graph=False))
+
+    def _live_model(self) -> nn.Module | None:
+        if self._model is None:
+            return None
+        model = self._model()
+        if model is None:
+            raise RuntimeError(
+                "the model given as model= to sparse_backend is gone; make a backend for the model in use"
+            )
+        return model
 
     @property
     def report(self) -> Report:

@@ -35,6 +35,8 @@ def copy_graph(graph_module: GraphModule) -> GraphModule:
     """A copy that survives a compiler that takes ownership of ``graph_module``. Tensors are shared."""
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
+    for node in graph.nodes:
+        node.meta.pop("grapharg", None)  # holds the real parameter, which must be free to go
     copied = GraphModule(graph_module, graph)
     copied.meta = dict(graph_module.meta)
     return copied

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from .config import Scheme
-from .find import Linear, Use, aten
+from .gemms import Linear, Use, aten
 
 TILE = 4
 """Masks are chosen in tiles of 4x4: both dims of a weight must be multiples of 4."""

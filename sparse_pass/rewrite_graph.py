@@ -11,8 +11,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from .config import Config
-from .find import Linear, Use, find_linears, parameter_nodes
+from .find import find_linears, parameter_nodes
 from .fqn import Pattern, choose, parse_config
+from .gemms import Linear, Use
 from .legal import device_limits, why_not_sparse, why_skipped
 from .report import Report, Site, Status
 from .rewriter import Rewriter

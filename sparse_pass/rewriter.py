@@ -30,7 +30,7 @@ from torch.fx.node import map_arg
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
 from .config import Scheme
-from .find import Linear, Use, aten
+from .gemms import Linear, Use, aten
 from .legal import reads_rows
 
 sparse_ops = torch.ops.sparse_pass
