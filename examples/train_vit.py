@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -42,7 +43,7 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Digits [batch, 8, 8] in 16 patches of 2x2 -> logits [batch, 10]."""
 
-    def __init__(self, dim: int = 64, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, dim: int = 64, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.embed = nn.Linear(4, dim)
         self.position = nn.Parameter(0.02 * torch.randn(16, dim))
@@ -61,77 +62,73 @@ def train(
     model: ViT,
     forward: Callable[[Tensor], Tensor],
     data: Sequence[Tensor],
-    epochs: int,
-    batch: int,
+    args: argparse.Namespace,
 ) -> tuple[float, float]:
-    """Test accuracy and seconds."""
+    """Train `model` through `forward`, its compiled callable; test accuracy and median step in ms."""
     train_images, test_images, train_labels, test_labels = data
-    steps = epochs * (len(train_images) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(0)
-    begin = time.perf_counter()
+    batches = len(train_images) // args.batch
+    steps = args.epochs * batches
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=steps)
+    generator = torch.Generator().manual_seed(args.seed)  # the same batches in every run
+    seconds = []
     with tqdm(total=steps, desc=f"{name:>6}", unit="step", disable=None) as progress:
-        for _ in range(epochs):
+        for _ in range(args.epochs):
             order = torch.randperm(len(train_images), generator=generator)
-            for chosen in order.split(batch)[: len(train_images) // batch]:
+            for chosen in order.split(args.batch)[:batches]:
+                begin = time.perf_counter()
                 loss = F.cross_entropy(forward(train_images[chosen]), train_labels[chosen])
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
+                seconds.append(time.perf_counter() - begin)
                 progress.update()
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+            progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     with torch.no_grad():
-        accuracy = (forward(test_images).argmax(-1) == test_labels).float().mean().item()
-    return accuracy, time.perf_counter() - begin
+        predicted = torch.cat([forward(some).argmax(-1) for some in test_images.split(args.batch)])
+    return (predicted == test_labels).float().mean().item(), 1e3 * statistics.median(seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    console = Console()
 
     digits = load_digits()
     images = torch.tensor(digits.images / 16, dtype=torch.float32)
     labels = torch.tensor(digits.target)
-    data = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+    data = train_test_split(images, labels, test_size=320, random_state=0, stratify=labels)
 
     torch.manual_seed(args.seed)
     dense_model = ViT(depth=args.depth)
     sparse_model = copy.deepcopy(dense_model)
 
     config = {
-        "re:blocks.*|head": sp.WeightSparsity(),  # every linear of the blocks, and the head
+        r"re:blocks\..*|head": sp.WeightSparsity(),  # every linear of the blocks, and the head
         "blocks.0.attn.in_proj_weight": None,  # but not this one: exact names beat patterns
     }
     backend = sp.sparse_backend(config, model=sparse_model)
+    dense, sparse = torch.compile(dense_model), torch.compile(sparse_model, backend=backend)
     results = {
-        "dense": train("dense", dense_model, torch.compile(dense_model), data, args.epochs, args.batch),
-        "sparse": train(
-            "sparse",
-            sparse_model,
-            torch.compile(sparse_model, backend=backend),
-            data,
-            args.epochs,
-            args.batch,
-        ),
+        "dense": train("dense", dense_model, dense, data, args),
+        "sparse": train("sparse", sparse_model, sparse, data, args),
     }
 
     print(backend.report)
     table = Table(title=f"Digits, {args.epochs} epochs, {len(data[1])} test images")
     table.add_column("model")
     table.add_column("test accuracy", justify="right")
-    table.add_column("seconds, compile included", justify="right")
-    for name, (accuracy, seconds) in results.items():
-        table.add_row(name, f"{accuracy:.1%}", f"{seconds:.1f}")
-    console.print(table)
+    table.add_column("median step", justify="right")
+    for name, (accuracy, milliseconds) in results.items():
+        table.add_row(name, f"{accuracy:.1%}", f"{milliseconds:.1f} ms")
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,9 @@ def _names(parameter_names: tuple[str, ...], module: str, in_linear: bool) -> tu
     """Module names first, then parameter names, for a weight known by ``parameter_names``."""
     owners = [name.rpartition(".")[0] for name in parameter_names if name.rpartition(".")[2] == "weight"]
     owned = [owner for owner in owners if owner == module or owner.endswith("." + module)] if module else []
+    if not owned:
+        # A function or an object that holds the model puts its own path in front of the module's.
+        owned = sorted((owner for owner in owners if owner and module.endswith("." + owner)), key=len)[-1:]
     if owned:
         owners = owned
     elif in_linear and module:

@@ -20,7 +20,7 @@ _ACCESS = re.compile(
     | \.__dict__\[ (?P<q2>['"]) (?P<entry>.*?) (?P=q2) \]
     | \[ (?P<q3>['"]) (?P<key>.*?) (?P=q3) \]
     | \[ (?P<index>\d+) \]
-    | \.(?P<attr>\w+)
+    | \.(?P<attr>[^.\[\]()]+)
     """,
     re.VERBOSE,
 )
@@ -54,7 +54,7 @@ def from_source(source: str) -> str:
     position = 0
     while position < len(rest):
         access = _ACCESS.match(rest, position)
-        # Module stacks print numbered children as attributes: `.blocks.0`, which `attr` also takes.
+        # Module stacks print children as attributes, whatever their keys: `.blocks.0`, `.heads.a-b`.
         if access is None:
             return ""
         parts.append(next(text for text in access.group("member", "entry", "key", "index", "attr") if text))

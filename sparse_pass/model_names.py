@@ -25,11 +25,10 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     for raw, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dim() != 2 or raw in embeddings:
             continue
-        name = normalize(raw)
-        weights[name] = parameter
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and owner:
-            weights[owner] = parameter
+        weights[normalize(raw)] = parameter
+        owner, _, leaf = raw.rpartition(".")
+        if leaf == "weight" and normalize(owner):
+            weights[normalize(owner)] = parameter
     return weights
 
 

@@ -9,6 +9,8 @@ backward. The CPU kernels are the reference and use the byte layout of the GPU k
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import NoReturn
 
 import torch
@@ -85,11 +87,9 @@ def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_featur
             f"input is {input.dtype} and packed {packed.dtype}; both must be float16 or both bfloat16: pass dtype= to "
             "sparsify or convert the input"
         )
-    if bias is not None and (
-        bias.dim() != 1 or bias.shape[0] != out_features or bias.dtype != input.dtype
-    ):
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_features or bias.dtype != input.dtype):
         raise ValueError(
-            f"bias is {bias.dtype} {list(bias.shape)}; it must be {input.dtype} [{out_features}] like the output's columns"
+            f"bias is {bias.dtype} {list(bias.shape)}; it must be {input.dtype} [{out_features}], like the output"
         )
 
 
@@ -97,9 +97,7 @@ def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_featur
 
 
 @torch.library.register_fake("sparse_pass::sparsify", lib=_LIBRARY)
-def _sparsify_fake(
-    weight: Tensor, mask: str, *, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def _sparsify_fake(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     packed_dtype = _check_sparsify(weight, mask, dtype)
     numel = weight.shape[0] * weight.shape[1] * 9 // 16
     return weight.new_empty(numel, dtype=packed_dtype), weight.new_empty(numel, dtype=packed_dtype)
@@ -121,9 +119,7 @@ def _mask24_fake(weight: Tensor, mask: str) -> Tensor:
 
 
 @torch.library.impl(_LIBRARY, "sparsify", "CPU")
-def _sparsify_cpu(
-    weight: Tensor, mask: str, *, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def _sparsify_cpu(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     return reference.sparsify(weight, mask, _check_sparsify(weight, mask, dtype))
 
 
@@ -140,34 +136,84 @@ def _mask24_cpu(weight: Tensor, mask: str) -> Tensor:
     return reference.mask24(weight, mask)
 
 
-# CUDA
+# CUDA. Where the layout of S(W) is SM90's, our kernels; on other devices torch's, in the layout of the device.
+
+
+def _cuda_layout(tensor: Tensor, dtype: torch.dtype) -> str:
+    from .kernels import probe
+
+    layout = probe.layout(tensor.device, dtype)
+    if layout not in (probe.SM90, probe.COMPRESS):
+        raise RuntimeError(f"{layout}; use the masked dense weight, weight * mask24(weight)")
+    return layout
 
 
 @torch.library.impl(_LIBRARY, "sparsify", "CUDA")
-def _sparsify_cuda(
-    weight: Tensor, mask: str, *, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def _sparsify_cuda(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     packed_dtype = _check_sparsify(weight, mask, dtype)
-    masked = (weight * reference.mask24(weight, mask)).to(packed_dtype)
-    packed, packed_t = (torch._cslt_compress(w.contiguous()) for w in (masked, masked.T))
-    return packed.reshape(-1), packed_t.reshape(-1)
+    with torch.cuda.device(weight.device):
+        if _cuda_layout(weight, packed_dtype) == "sm90":
+            if weight.dtype == torch.float64:  # rare, and the Triton kernel compares in float32
+                return reference.sparsify(weight, mask, packed_dtype)
+            from .kernels import sparsify
+
+            return sparsify.sparsify(weight, mask, packed_dtype)
+        from .kernels import probe
+
+        masked = weight.masked_fill(~_mask24_cuda(weight, mask), 0).to(packed_dtype)
+        return probe.cslt_compress(masked), probe.cslt_compress(masked.T)
 
 
 @torch.library.impl(_LIBRARY, "linear", "CUDA")
 def _linear_cuda(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     _check_linear(input, packed, bias, out_features)
-    rows = input.shape[0]
+    if input.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(input.device):
+            return _linear_cuda(input, packed, bias, out_features)
+    rows, cols = input.shape
     if rows == 0:
         return input.new_empty(0, out_features)
-    input = torch.nn.functional.pad(input, (0, 0, 0, -rows % 8)).contiguous()
-    matrix = packed.view(out_features, -1)
-    return torch._cslt_sparse_mm(matrix, input.T, bias=bias, transpose_result=True)[:rows]
+    if rows % 8:
+        # The library wants multiples of 8. A row of the output depends on its row of the input only, so that what is
+        # in the added rows does not matter.
+        padded = input.new_empty(rows + -rows % 8, cols)
+        padded[:rows].copy_(input)
+    else:
+        padded = _aligned(input)
+    bias = None if bias is None else _aligned(bias)
+    if _cuda_layout(input, input.dtype) == "sm90":
+        from .kernels import cusparselt
+
+        output = cusparselt.linear(padded, _aligned(packed), bias, out_features)
+    else:
+        from .kernels import probe
+
+        output = probe.cslt_linear(padded, packed, bias, out_features)
+    return output if padded.shape[0] == rows else output[:rows]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return `tensor` contiguous and 16-byte aligned, a copy only where it is not."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.impl(_LIBRARY, "mask24", "CUDA")
 def _mask24_cuda(weight: Tensor, mask: str) -> Tensor:
     _check_mask_args(weight, mask)
-    return reference.mask24(weight, mask)
+    # Triton needs SM 7.0 and comes with torch for Linux; the reference gives the same mask anywhere.
+    if weight.dtype == torch.float64 or not _has_triton(weight.device):
+        return reference.mask24(weight, mask)
+    from .kernels import sparsify
+
+    with torch.cuda.device(weight.device):
+        return sparsify.mask24(weight, mask)
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # Autograd: torch's default for an op without a derivative is a warning and missing gradients.

@@ -13,30 +13,52 @@ from torch import Tensor
 
 MASKS = ("optimal", "greedy")
 
-# The six ways to keep two of four columns, in lexicographic order.
-PAIRS: tuple[tuple[int, int], ...] = tuple(itertools.combinations(range(4), 2))
+# The six pairs of columns in lexicographic order, so that pair 5 - e is the complement of pair e, and the three ways
+# to split the four columns into two pairs.
+_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+_SPLITS = ((0, 5), (1, 4), (2, 3))
 
 
-def _pair_classes() -> tuple[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]], ...]:
-    """Group the 90 tile masks by d, how often rows 0 and 1 together use each of the four columns.
+def _crossed(pair: int, top: int, swapped: int) -> set[int]:
+    """Rows top and top + 1 keep one column of `pair` each: the left one above, or below if swapped."""
+    left, right = _PAIRS[pair]
+    above, below = (right, left) if swapped else (left, right)
+    return {4 * top + above, 4 * top + 4 + below}
 
-    Returns 19 entries in lexicographic order of d, each (upper, lower): the (row 0, row 1) pairs that add up to d
-    and the (row 2, row 3) pairs that add up to 2 - d, as indices into PAIRS, ordered by the first. Every upper goes
-    with every lower of its class, which is what makes 36 + 36 + 19 sums enough for 90 masks.
+
+def _halved(pair: int, swapped: int) -> set[int]:
+    """Rows 0 and 1 both keep the left column of `pair` and rows 2 and 3 the right one, or the other way round."""
+    left, right = _PAIRS[pair]
+    upper, lower = (right, left) if swapped else (left, right)
+    return {upper, 4 + upper, 8 + lower, 12 + lower}
+
+
+def _list_masks() -> tuple[frozenset[int], ...]:
+    """List all transposable tile masks as sets of row-major places, in the order that settles ties.
+
+    204 entries for 90 masks: a mask ranks where it comes first. Three kinds, by what rows 0 and 1 do with a column:
+    48 keep one pair of columns once each and one of the other two columns twice; 12 keep two columns twice;
+    144 keep every column once. Rows 2 and 3 keep the rest.
     """
-    by_counts: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for first, second in itertools.product(range(6), repeat=2):
-        counts = [0, 0, 0, 0]
-        for column in PAIRS[first] + PAIRS[second]:
-            counts[column] += 1
-        by_counts.setdefault(tuple(counts), []).append((first, second))
-    return tuple(
-        (tuple(by_counts[d]), tuple(by_counts[tuple(2 - count for count in d)]))
-        for d in sorted(by_counts)
+    bits = (0, 1)
+    mixed = (
+        _crossed(e, 0, upper) | _crossed(e, 2, lower) | _halved(5 - e, half)
+        for e in range(6)
+        for upper, lower, half in itertools.product(bits, bits, bits)
     )
+    twice = (
+        _halved(one, left) | _halved(two, right)
+        for one, two in _SPLITS
+        for left, right in itertools.product(bits, bits)
+    )
+    once = (
+        _crossed(one, 0, a) | _crossed(two, 0, b) | _crossed(three, 2, c) | _crossed(four, 2, d)
+        for (one, two), a, b, (three, four), c, d in itertools.product(_SPLITS, bits, bits, _SPLITS, bits, bits)
+    )
+    return tuple(frozenset(places) for places in itertools.chain(mixed, twice, once))
 
 
-CLASSES = _pair_classes()
+MASK_LIST = _list_masks()
 
 
 def mask24(weight: Tensor, mask: str) -> Tensor:
@@ -45,11 +67,9 @@ def mask24(weight: Tensor, mask: str) -> Tensor:
     weight: [N, K] floating point, N and K multiples of 4, any strides. Returns bool [N, K], contiguous.
     Magnitudes are compared in float32 (in float64 for float64); NaN counts as +inf.
 
-    "optimal": the mask with the largest sum of magnitudes of the 90 that keep two per row and per column.
-    Ties go to the first in the order (d, pair of row 0, pair of row 2), d being the column counts of rows 0 and 1
-    (`_pair_classes`) and a pair its place in PAIRS. In floating point the sums are rounded, so the order of the
-    additions is part of the definition: a pair is a[left] + a[right]; each class takes the first largest
-    row0 + row1 and the first largest row2 + row3; then the first largest upper + lower among classes wins.
+    "optimal": the mask of largest sum of magnitudes among the 90 that keep two per row and per column; ties go to
+    the one that comes first in MASK_LIST. In floating point the sums are rounded, so `_optimal` is the definition:
+    the order of its additions and comparisons counts.
 
     "greedy": torch core's `largest_abs_values_greedy`. Visit the sixteen entries of a tile from large to small and
     keep each whose row and column have fewer than two kept. It may end with fewer than eight. Ties go to the
@@ -72,45 +92,57 @@ def mask24(weight: Tensor, mask: str) -> Tensor:
 
 
 def _optimal(lines: Tensor) -> Tensor:
-    """lines: magnitudes [16, T]. Returns bool [16, T]."""
+    """lines: magnitudes [16, T]. Returns bool [16, T].
+
+    The 90 sums share their parts, so that 31 comparisons decide. With a[i][j] a tile, rows 0 and 1 its upper half:
+        column[h][j]  = a[2h][j] + a[2h + 1][j]
+        crossed[h][e] = max(a[2h][x] + a[2h + 1][y], a[2h][y] + a[2h + 1][x])              e = (x, y) of _PAIRS
+        halved[e]     = max(column[0][x] + column[1][y], column[0][y] + column[1][x])
+        mixed[e]      = (crossed[0][e] + crossed[1][e]) + halved[5 - e]
+        twice[s]      = halved[e] + halved[f]                                              s = (e, f) of _SPLITS
+        once          = max over s (crossed[0][e] + crossed[0][f]) + the same of half 1
+    The largest of the six mixed, three twice and one once wins. The first of equals wins in every max.
+    """
     tile = lines.view(4, 4, -1)
-    pairs = [[tile[row, left] + tile[row, right] for left, right in PAIRS] for row in range(4)]
-    best = torch.full_like(lines[0], -1)
-    # The number of the winning mask among the 90, in the documented order.
-    code = torch.zeros_like(best, dtype=torch.uint8)
-    first = 0
-    for upper, lower in CLASSES:
-        above, upper_index = _first_largest(pairs[0], pairs[1], upper)
-        below, lower_index = _first_largest(pairs[2], pairs[3], lower)
-        total = above + below
-        code = torch.where(total > best, first + len(lower) * upper_index + lower_index, code)
-        best = torch.maximum(best, total)
-        first += len(upper) * len(lower)
-    return _mask_table(lines.device).index_select(0, code.int()).T
+    column = [tile[2 * h] + tile[2 * h + 1] for h in range(2)]
+    crossed = [[_crosswise(tile[2 * h], tile[2 * h + 1], left, right) for left, right in _PAIRS] for h in range(2)]
+    halved = [_crosswise(column[0], column[1], left, right) for left, right in _PAIRS]
+
+    candidates: list[_Choice] = []
+    for e in range(6):
+        both = _both(crossed[0][e], crossed[1][e], 2)
+        candidates.append(_both(both, halved[5 - e], 2))
+    candidates += [_both(halved[e], halved[f], 2) for e, f in _SPLITS]
+    upper, lower = (_first_largest([_both(half[e], half[f], 2) for e, f in _SPLITS], [4, 4, 4]) for half in crossed)
+    candidates.append(_both(upper, lower, 12))
+    _, number = _first_largest(candidates, [8] * 6 + [4] * 3 + [144])
+
+    table = [[place in places for place in range(16)] for places in MASK_LIST]
+    return torch.tensor(table, device=lines.device).index_select(0, number.int()).T
 
 
-def _first_largest(
-    row: list[Tensor], next_row: list[Tensor], choices: tuple[tuple[int, int], ...]
-) -> tuple[Tensor, Tensor]:
-    """Return the largest sum of one entry of each row among `choices`, and the place of the first that has it."""
-    largest = row[choices[0][0]] + next_row[choices[0][1]]
-    place = torch.zeros_like(largest, dtype=torch.uint8)
-    for index, (a, b) in enumerate(choices[1:], start=1):
-        candidate = row[a] + next_row[b]
-        place = torch.where(candidate > largest, index, place)
+# A sum of magnitudes, float [T], and which of its alternatives it took: uint8 [T], numbered as in MASK_LIST.
+_Choice = tuple[Tensor, Tensor]
+
+
+def _crosswise(above: Tensor, below: Tensor, left: int, right: int) -> _Choice:
+    straight, swapped = above[left] + below[right], above[right] + below[left]
+    return torch.maximum(straight, swapped), (swapped > straight).to(torch.uint8)
+
+
+def _both(one: _Choice, two: _Choice, alternatives: int) -> _Choice:
+    """Add two choices, of which the second has `alternatives`."""
+    return one[0] + two[0], one[1] * alternatives + two[1]
+
+
+def _first_largest(choices: list[_Choice], alternatives: list[int]) -> _Choice:
+    largest, number = choices[0]
+    start = alternatives[0]
+    for (candidate, place), count in zip(choices[1:], alternatives[1:], strict=True):
+        number = torch.where(candidate > largest, place + start, number)
         largest = torch.maximum(largest, candidate)
-    return largest, place
-
-
-def _mask_table(device: torch.device) -> Tensor:
-    """The 90 masks in the documented order: bool [90, 16]."""
-    table = [
-        [column in PAIRS[pair] for pair in (*above, *below) for column in range(4)]
-        for upper, lower in CLASSES
-        for above in upper
-        for below in lower
-    ]
-    return torch.tensor(table, device=device)
+        start += count
+    return largest, number
 
 
 def _greedy(lines: Tensor) -> Tensor:

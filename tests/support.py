@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -56,11 +57,16 @@ class StraightThrough(nn.Module):
 
 
 def named_parameters(model: nn.Module, config: Config) -> dict[str, sp.WeightSparsity]:
-    """The parameters that a config of plain names and ``*`` patterns means. Not the code under test."""
+    """The parameters that a config means, where its entries do not overlap. Not the code under test."""
     chosen = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            tensors |= {f"{path}.{leaf}": getattr(module, leaf) for leaf in module.parametrizations}
+    for name, parameter in tensors.items():
         for key, scheme in config.items():
-            pattern = re.escape(key).replace(r"\*", "[^.]+")
+            plain = re.escape(key).replace(r"\*", "[^.]+")
+            pattern = f"({key[3:]})" if key.startswith("re:") else plain
             if scheme and parameter.dim() == 2 and re.fullmatch(rf"{pattern}(\.weight)?", name):
                 chosen[name] = scheme
     return chosen
@@ -74,9 +80,7 @@ def ste_reference(model: nn.Module, config: Config) -> nn.Module:
     reference = copy.deepcopy(model)
     for name, scheme in named_parameters(model, config).items():
         owner, _, leaf = name.rpartition(".")
-        parametrize.register_parametrization(
-            reference.get_submodule(owner), leaf, StraightThrough(scheme)
-        )
+        parametrize.register_parametrization(reference.get_submodule(owner), leaf, StraightThrough(scheme))
         if scheme.decay:
             weight = reference.get_submodule(owner).parametrizations[leaf].original
             weight.register_hook(lambda gradient, w=weight, s=scheme: gradient + decay_of(w, s))
@@ -111,16 +115,17 @@ def run(
     *,
     backward: bool = True,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    mark_dynamic: bool = False,
 ) -> Result:
     """Call ``function`` under ``context``, pull back the same cotangents every time, return all of it."""
     inputs = [_leaf(value) for value in inputs]
+    for tensor in inputs if mark_dynamic else ():
+        torch._dynamo.mark_dynamic(tensor, 0)
     for parameter in parameters.values():
         parameter.grad = None
     with context():
         result = function(*inputs)
-    outputs = [
-        leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
+    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     gradients: dict[str, Tensor | None] = {}
     if backward:
         differentiable = [output for output in outputs if output.requires_grad]
@@ -167,6 +172,8 @@ def fresh_compile() -> Iterator[None]:
     with (
         torch._inductor.config.patch(fx_graph_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
+        # pytest's handlers would have torch format every event of its trace log: 40% of a compile's time.
+        mock.patch.object(logging.getLogger("torch.__trace"), "handlers", []),
     ):
         yield
     torch._dynamo.reset()
@@ -181,7 +188,7 @@ def compare(
     graphs: int | None = None,
     status: str = "masked_dense",
     inner: str = "aot_eager",
-    dynamic: bool | None = False,
+    dynamic: bool | str = False,
     entry: Callable[[nn.Module], Callable[..., Any]] = lambda model: model,
     named: nn.Module | None | str = "model",
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -201,6 +208,7 @@ def compare(
         sites: named linears per graph (default: the number of masked parameters).
         graphs: graphs that are compiled (default: one, or with ``dynamic=False`` one per batch).
         status: of every site.
+        dynamic: as torch.compile's, or ``"batch"``: the first dim of every input is marked dynamic.
         entry: makes the function that is called, and compiled, from the model.
         named: the backend's ``model=``; by default ``model``.
         context: entered around each call, such as autocast.
@@ -215,18 +223,17 @@ def compare(
     reference, dense = ste_reference(model, masked), copy.deepcopy(model)
     before = copy.deepcopy(model.state_dict())
     backend = sp.sparse_backend(config, model=model if named == "model" else named, inner=inner)
-    worst = 0.0
+    worst, mark = 0.0, dynamic == "batch"
     options = {"backward": backward, "context": context}
     with fresh_compile(), invariants_checked():
-        compiled = torch.compile(entry(model), backend=backend, dynamic=dynamic)
+        compiled = torch.compile(entry(model), backend=backend, dynamic=None if mark else dynamic)
         for inputs in batches:
             parameters = dict(model.named_parameters())
             originals = {
-                original_name(name): parameter
-                for name, parameter in reference.named_parameters(remove_duplicate=False)
+                original_name(name): parameter for name, parameter in reference.named_parameters(remove_duplicate=False)
             }
-            twins = {name: originals[name] for name in parameters}
-            actual = run(compiled, parameters, inputs, **options)
+            twins = {name: originals[original_name(name)] for name in parameters}
+            actual = run(compiled, parameters, inputs, mark_dynamic=mark, **options)
             expected = run(entry(reference), twins, inputs, **options)
             unmasked = run(entry(dense), dict(dense.named_parameters()), inputs, **options)
             found = errors(actual, expected)
@@ -267,6 +274,7 @@ class GraphFacts:
     outputs: tuple[Any, ...]
     dead: frozenset[Node]
     nodes: frozenset[Node]
+    tags: tuple[dict[str, Any], ...]
 
 
 def graph_facts(graph: Graph | GraphModule) -> GraphFacts:
@@ -277,6 +285,7 @@ def graph_facts(graph: Graph | GraphModule) -> GraphFacts:
         outputs=tuple(_value(leaf) for leaf in tree_leaves(graph.output_node().args)),
         dead=frozenset(node for node in graph.nodes if _is_dead(node)),
         nodes=frozenset(graph.nodes),
+        tags=tuple(_tags(node) for node in graph.nodes if node.op == "call_function"),
     )
 
 
@@ -285,7 +294,8 @@ def check_invariants(graph: Graph | GraphModule, before: GraphFacts | None = Non
 
     It passes lint; its dead nodes were dead before; each node that is new or reads a new one computes what its
     ``meta["val"]`` says (shape, stride, dtype, device). With ``before``, placeholders and the outputs' number,
-    shapes, dtypes and devices are as they were; without it, all nodes count as new.
+    shapes, dtypes and devices are as they were, and each new node bears the metadata (module stack, seq_nr,
+    partitioner and recompute tags) of one old node; without it, all nodes count as new.
     """
     graph = graph.graph if isinstance(graph, GraphModule) else graph
     graph.lint()
@@ -299,6 +309,9 @@ def check_invariants(graph: Graph | GraphModule, before: GraphFacts | None = Non
         for position, (now, then) in enumerate(zip(after.outputs, before.outputs, strict=True)):
             difference = _difference(now, then, strides=False)
             assert not difference, f"output {position}: {difference}"
+        new = [n for n in graph.nodes if n.op == "call_function" and n not in old]
+        lost = [node.name for node in new if _tags(node) not in before.tags]
+        assert not lost, f"nodes whose metadata is no copy of an old node's: {lost}"
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -330,6 +343,11 @@ def invariants_checked() -> Iterator[None]:
 
 def _is_dead(node: Node) -> bool:
     return node.op == "call_function" and not node.users and not node.is_impure()
+
+
+def _tags(node: Node) -> dict[str, Any]:
+    own = {"val", "tensor_meta", "eager_input_vals", "desc"}
+    return {key: value for key, value in node.meta.items() if key not in own}
 
 
 def _value(leaf: Any) -> Any:

@@ -1,0 +1,199 @@
+"""Y = X S(W)^T + b by cuSPARSELt, with cached plans.
+
+torch's own `_cslt_sparse_mm` builds its plan anew in each call, 365 to 515 us of host time on an H200. Here plans are
+cached by everything that they depend on, and a call sets the bias pointer and launches.
+
+S(W) is A, structured [N, K], row-major; X is B, described as [M, K] row-major with op TRANSPOSE; Y is D, described as
+[N, M] column-major, which is [M, N] row-major. Enumerations are those of cusparseLt.h, 0.7 to 0.8.1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cusparselt_library import ALIGNMENT, call, check, function, new_struct, version
+
+_ORDER_COL, _ORDER_ROW = 1, 2
+_OP_NON_TRANSPOSE, _OP_TRANSPOSE = 0, 1
+_COMPUTE_32F = 2
+_SPARSITY_50_PERCENT = 0
+_BIAS_POINTER = 8
+_ALG_DEFAULT = 0
+_CONFIG_ID, _CONFIG_MAX_ID = 0, 1
+_CUDA_TYPE = {torch.float16: 2, torch.bfloat16: 14}
+
+# The library's own default, id 0, is slow with a column-major D. By major and minor version: the id that was fastest
+# for most shapes on an H200 with 0.8.0, bfloat16.
+_DEFAULT_ALGORITHM = {(0, 8): 17}
+
+_ONE, _ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)
+_ALPHA, _BETA = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
+
+
+class Problem(NamedTuple):
+    """What a plan depends on. M is a multiple of 8; N and K are multiples of 16."""
+
+    device: int
+    dtype: torch.dtype
+    m: int
+    n: int
+    k: int
+    bias: bool
+
+    def __str__(self) -> str:
+        bias = " + bias" if self.bias else ""
+        return f"[{self.m}, {self.k}] x 2:4 [{self.n}, {self.k}]^T{bias} {self.dtype} on cuda:{self.device}"
+
+
+@functools.cache
+def _handle(device: int) -> tuple[Any, int]:
+    """One handle a device, never destroyed: its memory and its address."""
+    memory, address = new_struct()
+    with torch.cuda.device(device):
+        call("Init", f"cuda:{device}", address)
+    return memory, address
+
+
+class Plan:
+    """One matrix product, ready to launch. Threads and streams may share it."""
+
+    def __init__(self, problem: Problem, algorithm: int, bias: Tensor | None) -> None:
+        """Build the plan for `algorithm`, an id below `self.algorithms`. RuntimeError if the library refuses.
+
+        bias: any tensor that could be the bias, or None; each call brings its own.
+        """
+        self.problem = problem
+        self.algorithm = algorithm
+        self._lock = threading.Lock()
+        self._matmul, self._set_attribute = function("Matmul"), function("MatmulDescSetAttribute")
+        self._handle = _handle(problem.device)[1]
+        # A, B, D, the product, the algorithm, the plan. The plan points at the others: all live as long as it does.
+        memory, structs = zip(*(new_struct() for _ in range(6)), strict=True)
+        self._descriptor, self._plan = structs[3], structs[5]
+        self._stream = ctypes.c_void_p()
+        self._stream_address = ctypes.addressof(self._stream)
+        self._bias = ctypes.c_void_p(None if bias is None else bias.data_ptr())
+        self._bias_address = ctypes.addressof(self._bias)
+        to_destroy: list[tuple[str, int]] = []
+        # Not at exit, when the CUDA context may be gone.
+        weakref.finalize(self, _destroy, to_destroy, memory).atexit = False
+        with torch.cuda.device(problem.device):
+            self._build(structs, to_destroy)
+
+    def _build(self, structs: tuple[int, ...], to_destroy: list[tuple[str, int]]) -> None:
+        _, dtype, m, n, k, bias = self.problem
+        a, b, d, descriptor, selection, plan = structs
+        handle, cuda_type = self._handle, _CUDA_TYPE[dtype]
+        about = str(self)
+
+        row_major = (ALIGNMENT, cuda_type, _ORDER_ROW)
+        call("StructuredDescriptorInit", about, handle, a, n, k, k, *row_major, _SPARSITY_50_PERCENT)
+        to_destroy.append(("MatDescriptorDestroy", a))
+        call("DenseDescriptorInit", about, handle, b, m, k, k, *row_major)
+        to_destroy.append(("MatDescriptorDestroy", b))
+        call("DenseDescriptorInit", about, handle, d, n, m, n, ALIGNMENT, cuda_type, _ORDER_COL)
+        to_destroy.append(("MatDescriptorDestroy", d))
+        operations = (_OP_NON_TRANSPOSE, _OP_TRANSPOSE)
+        call("MatmulDescriptorInit", about, handle, descriptor, *operations, a, b, d, d, _COMPUTE_32F)
+        if bias:  # before the algorithm is chosen, which depends on whether there is one
+            call("MatmulDescSetAttribute", about, handle, descriptor, _BIAS_POINTER, self._bias_address, 8)
+
+        call("MatmulAlgSelectionInit", about, handle, selection, descriptor, _ALG_DEFAULT)
+        to_destroy.append(("MatmulAlgSelectionDestroy", selection))
+        number = ctypes.c_int()
+        call("MatmulAlgGetAttribute", about, handle, selection, _CONFIG_MAX_ID, ctypes.addressof(number), 4)
+        self.algorithms = number.value
+        number.value = self.algorithm
+        call("MatmulAlgSetAttribute", about, handle, selection, _CONFIG_ID, ctypes.addressof(number), 4)
+        call("MatmulPlanInit", about, handle, plan, descriptor, selection)
+        to_destroy.append(("MatmulPlanDestroy", plan))
+        size = ctypes.c_size_t()
+        call("MatmulGetWorkspace", about, handle, plan, ctypes.addressof(size))
+        self.workspace_bytes = size.value
+
+    def __call__(self, input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """Launch on the current stream; operands as in `linear`. Returns [M, N]."""
+        output = input.new_empty((self.problem.m, self.problem.n))
+        output_address = output.data_ptr()
+        workspace_address = None
+        if self.workspace_bytes:
+            # Of torch's allocator, on the current stream: freed on return, and reused only by what comes after.
+            workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=input.device)
+            workspace_address = workspace.data_ptr()
+        with self._lock:
+            self._stream.value = torch._C._cuda_getCurrentRawStream(self.problem.device)
+            if bias is not None:
+                # The plan reads the pointer from its descriptor at each launch; `probe` tries that it does.
+                self._bias.value = bias.data_ptr()
+                status = self._set_attribute(self._handle, self._descriptor, _BIAS_POINTER, self._bias_address, 8)
+                check(status, "MatmulDescSetAttribute", self.problem)
+            status = self._matmul(
+                self._handle,
+                self._plan,
+                _ALPHA,
+                packed.data_ptr(),
+                input.data_ptr(),
+                _BETA,
+                output_address,
+                output_address,
+                workspace_address,
+                self._stream_address,
+                1,
+            )
+        check(status, "Matmul", self)
+        return output
+
+    def __str__(self) -> str:
+        return f"{self.problem}, algorithm {self.algorithm}"
+
+
+def _destroy(to_destroy: list[tuple[str, int]], memory: object) -> None:
+    """Undo what was built, last first. memory: of the structs, which has to live until here."""
+    for name, address in reversed(to_destroy):
+        call(name, "a plan that is no longer used", address)
+
+
+# Oldest first. A limit, since with dynamic shapes every M makes a plan.
+_PLANS: dict[tuple[Problem, int | None], Plan] = {}
+_PLANS_LIMIT = 1024
+
+
+def _new_plan(problem: Problem, algorithm: int | None, bias: Tensor | None) -> Plan:
+    if algorithm is not None:
+        return Plan(problem, algorithm, bias)
+    default = _DEFAULT_ALGORITHM.get(version()[:2], 0)
+    try:
+        return Plan(problem, default, bias)
+    except RuntimeError:
+        return Plan(problem, 0, bias)  # ids are not promised for every shape; this one is
+
+
+def linear(
+    input: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    algorithm: int | None = None,
+) -> Tensor:
+    """Multiply: input [M, K], packed S(W) [N, K] as `reference.pack`, bias [N] or None -> [M, N], all of one dtype.
+
+    float16 or bfloat16, on the current device, contiguous and 16-byte aligned; M a positive multiple of 8. Runs on
+    the current stream. algorithm: an id of the library, or None for the default. RuntimeError if the library refuses.
+    """
+    m, k = input.shape
+    problem = Problem(input.get_device(), input.dtype, m, out_features, k, bias is not None)
+    key = problem, algorithm
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _new_plan(problem, algorithm, bias)
+        while len(_PLANS) >= _PLANS_LIMIT:
+            _PLANS.pop(next(iter(_PLANS)), None)
+        _PLANS[key] = plan
+    return plan(input, packed, bias)

@@ -1,0 +1,138 @@
+"""Which sparse kernels are right on a device: asked once per device and dtype, by multiplying a small matrix."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+SM90 = "sm90"
+COMPRESS = "compress"
+
+# Relative error in the Frobenius norm. Rounding the output to bfloat16 gives 2e-3; a wrong layout gives 1.1.
+_TOLERANCE = 1e-2
+
+
+def availability(device: torch.device, dtype: torch.dtype) -> str:
+    """Return "" if 2:4 matmuls of `dtype` work on `device`, and else the reason why not. Never raises.
+
+    Cheap after the first call for a device and dtype, and always for one that cannot work.
+    """
+    try:
+        found = layout(device, dtype)
+    except Exception as error:  # the border: a pass that asks wants a reason for its report, whatever went wrong
+        return f"{type(error).__name__}: {error}"
+    return "" if found in (SM90, COMPRESS) else found
+
+
+def layout(device: torch.device, dtype: torch.dtype) -> str:
+    """Return SM90 if the Triton and cuSPARSELt kernels work, COMPRESS if only torch's `_cslt_*`, or why neither does.
+
+    RuntimeError inside a CUDA graph capture if the answer is not known yet.
+    """
+    if device.type != "cuda":
+        return f"no 2:4 kernels on {device.type}"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _layout(index, dtype)
+
+
+@functools.cache
+def _layout(device: int, dtype: torch.dtype) -> str:
+    if torch.version.hip:
+        return "no 2:4 kernels for ROCm"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"no 2:4 kernels for {dtype}; float16 and bfloat16 have them"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"SM {capability[0]}.{capability[1]} has no 2:4 tensor cores; they begin with SM 8.0"
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the 2:4 kernels of cuda:{device} must be tried before a CUDA graph capture: run the model once first"
+        )
+    reasons = []
+    trials: tuple[tuple[str, Callable[..., Tensor]], ...] = (
+        (SM90, _by_binding),
+        (COMPRESS, _by_torch),
+    )
+    for name, linear in trials:
+        try:
+            error = _error_of(linear, device, dtype)
+        except Exception as failure:
+            # A missing Triton, library or architecture: the next way is tried, and the reason goes to the report.
+            reasons.append(f"{name}: {type(failure).__name__}: {failure}".splitlines()[0])
+            continue
+        if error < _TOLERANCE:
+            return name
+        reasons.append(f"{name}: wrong results, relative error {error:.1e}")
+    return f"2:4 kernels do not work on cuda:{device} with {dtype} ({'; '.join(reasons)})"
+
+
+def _by_binding(weight: Tensor, transposed: bool, input: Tensor, bias: Tensor | None) -> Tensor:
+    from . import cusparselt, sparsify
+
+    packed = sparsify.sparsify(weight, "optimal", weight.dtype)[int(transposed)]
+    return cusparselt.linear(input, packed, bias, weight.shape[1 if transposed else 0])
+
+
+def _by_torch(weight: Tensor, transposed: bool, input: Tensor, bias: Tensor | None) -> Tensor:
+    return cslt_linear(
+        input,
+        cslt_compress(weight.T if transposed else weight),
+        bias,
+        weight.shape[1 if transposed else 0],
+    )
+
+
+def cslt_compress(masked: Tensor) -> Tensor:
+    """Pack a masked weight [N, K] by torch, in whatever layout the device has: 1-D, N * K * 9 / 16 elements."""
+    return torch._cslt_compress(masked.contiguous()).reshape(-1)
+
+
+def cslt_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """As `cusparselt.linear`, by torch, which builds a plan in every call."""
+    matrix = packed.view(out_features, -1)  # torch reads the number of rows from the shape
+    return torch._cslt_sparse_mm(matrix, input.T, bias=bias, transpose_result=True)
+
+
+def _error_of(linear: Callable[..., Tensor], device: int, dtype: torch.dtype) -> float:
+    """The worst relative error of both directions, without a bias and with two, the second on the plan of the first."""
+    # This runs while a graph is compiled, under fake tensors and perhaps autocast, and must leave no trace: no random
+    # numbers, no gradients.
+    with (
+        _disable_current_modes(),
+        torch.no_grad(),
+        torch.autocast("cuda", enabled=False),
+        torch.cuda.device(device),
+    ):
+        n, k, m = 128, 192, 64
+        weight = _integers(n, k, 5) * _two_of_four(n, k)
+        worst = 0.0
+        for transposed, features in ((False, n), (True, k)):
+            input = _integers(m, weight.shape[0 if transposed else 1], 3)
+            dense = input @ (weight if transposed else weight.T)
+            for bias in (None, _integers(1, features, 7)[0], _integers(1, features, 11)[0]):
+                expected = dense if bias is None else dense + bias
+                output = linear(
+                    weight.to(device="cuda", dtype=dtype),
+                    transposed,
+                    input.to(device="cuda", dtype=dtype),
+                    None if bias is None else bias.to(device="cuda", dtype=dtype),
+                )
+                error = (output.double().cpu() - expected).norm() / expected.norm()
+                worst = max(worst, float(error) if error == error else float("inf"))
+    return worst
+
+
+def _integers(rows: int, cols: int, step: int) -> Tensor:
+    """Odd integers from -7 to 7 in an irregular order, exact in any dtype; float64 on the CPU."""
+    place = torch.arange(rows * cols, dtype=torch.float64)
+    return (((place + step) ** 2 * 0.37).floor() % 8 * 2 - 7).view(rows, cols)
+
+
+def _two_of_four(rows: int, cols: int) -> Tensor:
+    """A mask that keeps two of four along rows and columns, not the same in neighbouring tiles."""
+    row, col = torch.arange(rows)[:, None], torch.arange(cols)[None, :]
+    return (row + col + row // 4 * 3 + col // 4 * (row // 4 % 3)) % 4 < 2

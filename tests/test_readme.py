@@ -1,0 +1,55 @@
+"""The README's code runs and prints what it shows, its commands are those of CI, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparse_pass as sp
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    """All blocks in order in one namespace, as a reader would type them."""
+    namespace: dict[str, Any] = {}
+    outputs = []
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), namespace)
+        outputs.append(capsys.readouterr().out)
+    if not torch.cuda.is_available():
+        (shown,) = blocks("text")
+        assert outputs[0] == shown, "the report in the README is not what its code prints"
+    # After prune_ the eager model computes what the sparse one computed.
+    pruned = namespace["model"](namespace["x"])
+    torch.testing.assert_close(pruned, namespace["y_sparse"])
+
+
+def test_ci_runs_the_test_command() -> None:
+    commands = [line for code in blocks("bash") for line in code.splitlines() if "venv .venv" in line]
+    install_and_run, install_and_test = commands
+    assert install_and_run.endswith(".venv/bin/python examples/train_gpt.py")
+    assert install_and_test in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/api.md"])
+def test_relative_links(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_api_page_lists_every_public_name() -> None:
+    listed = re.findall(r"^\| `(?:sp\.)?(\w+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(sp.__all__)
+    for name in sp.__all__:
+        assert getattr(sp, name).__doc__, name
