@@ -14,8 +14,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from .capture import compile_aot_eager, copy_graph, report_graph
-from .config import Config
-from .graph_pass import SparsePass, Tune
+from .config import Config, Tune
+from .graph_pass import SparsePass
 from .model_names import check_names, input_names
 from .regions import guard_region
 from .report import Report

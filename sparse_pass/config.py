@@ -13,6 +13,8 @@ Mask: TypeAlias = Literal["optimal", "greedy"]
 GradWeight: TypeAlias = Literal["dense", "masked"]
 Backend: TypeAlias = Literal["auto", "cusparselt", "masked_dense"]
 
+Tune: TypeAlias = Literal["auto", "off"]
+
 _CHOICES = {
     "mask": get_args(Mask),
     "grad_weight": get_args(GradWeight),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -51,7 +51,25 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
     if backward:
         grad_outputs = gradient_outputs(graph)
         forward = [with_backward(one, sharing[one.weight], reads.get(one.weight, []), grad_outputs) for one in forward]
-    return Found(tuple(forward), has_stacks)
+    return Found(_tell_apart(forward, parameters), has_stacks)
+
+
+def _tell_apart(linears: list[Linear], parameters: Mapping[Node, tuple[str, ...]]) -> tuple[Linear, ...]:
+    """Mark the linears whose module name could mean another weight of the same module, such as a LoRA matrix."""
+    weights: dict[tuple[str, ...], set[Node]] = {}
+    for one in linears:
+        if one.weight not in parameters:
+            weights.setdefault(one.names, set()).add(one.weight)
+    reason = (
+        "the module multiplies by {} weights and their names are not visible to a pass that sees the ATen graph only;"
+        " use sparse_backend or inductor_options"
+    )
+    return tuple(
+        replace(one, ambiguous=reason.format(len(weights[one.names])))
+        if one.weight not in parameters and len(weights[one.names]) > 1
+        else one
+        for one in linears
+    )
 
 
 def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> Linear | None:

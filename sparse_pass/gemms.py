@@ -93,6 +93,8 @@ class Linear:
     """Position of the weight's gradient among the outputs of the graph."""
     unplaced: str = ""
     """What of the backward was expected and not found."""
+    ambiguous: str = ""
+    """Why the name may not mean this weight."""
 
 
 def is_gemm(node: Node) -> bool:

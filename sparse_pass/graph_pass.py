@@ -8,19 +8,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from .config import Config, Scheme
+from .config import Config, Scheme, Tune
 from .fqn import parse_config
 from .legal import KERNEL_DTYPES, Limits, device_limits
 from .report import Report, merge
 from .rewrite_graph import Names, rewrite_graph
-
-Tune: TypeAlias = Literal["auto", "off"]
 
 
 class SparsePass(CustomGraphPass):
@@ -32,7 +30,8 @@ class SparsePass(CustomGraphPass):
     Args:
         config: names to schemes; see :func:`sparse_backend`.
         strict: raise where a named linear has to be skipped.
-        tune: ``"auto"`` or ``"off"``; reserved for measured choices, both take the defaults now.
+        tune: ``"auto"`` measures on the GPU, once per shape, which kernel is fastest and whether sparse ones
+            pay at all, and remembers it on disk; ``"off"`` measures nothing and takes the defaults.
 
     Raises:
         ValueError: bad config or argument.
@@ -56,7 +55,7 @@ class SparsePass(CustomGraphPass):
         names = self._names.get(threading.get_ident())
         if names is not None:
             self._awaited.pop(names, None)
-        self._reports.append(rewrite_graph(graph, self.patterns, names, strict=self.strict))
+        self._reports.append(rewrite_graph(graph, self.patterns, names, strict=self.strict, tune=self.tune))
         if names is None or (names.last_graph and not names.checked):
             self._warn_unmatched(names)
 

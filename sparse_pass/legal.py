@@ -64,6 +64,8 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 
 def why_skipped(linear: Linear) -> str | None:
     """Why the linear cannot be made 2:4 sparse at all, on any device."""
+    if linear.ambiguous:
+        return linear.ambiguous
     weight = linear.weight.meta["val"]
     if weight.dim() != 2:
         return f"the weight has shape {list(weight.shape)}: 2:4 masks are defined for 2-D weights"

@@ -136,32 +136,33 @@ def _mask24_cpu(weight: Tensor, mask: str) -> Tensor:
     return reference.mask24(weight, mask)
 
 
-# CUDA. Where the layout of S(W) is SM90's, our kernels; on other devices torch's, in the layout of the device.
+# CUDA. Where the layout is SM90's, our kernels; on other devices torch's, in whatever layout the device has.
 
 
-def _cuda_layout(tensor: Tensor, dtype: torch.dtype) -> str:
+def _is_sm90_layout(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Tell which kernels are right on the tensor's device. RuntimeError if none is."""
     from .kernels import probe
 
     layout = probe.layout(tensor.device, dtype)
     if layout not in (probe.SM90, probe.COMPRESS):
         raise RuntimeError(f"{layout}; use the masked dense weight, weight * mask24(weight)")
-    return layout
+    return layout == probe.SM90
 
 
 @torch.library.impl(_LIBRARY, "sparsify", "CUDA")
 def _sparsify_cuda(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     packed_dtype = _check_sparsify(weight, mask, dtype)
     with torch.cuda.device(weight.device):
-        if _cuda_layout(weight, packed_dtype) == "sm90":
-            if weight.dtype == torch.float64:  # rare, and the Triton kernel compares in float32
-                return reference.sparsify(weight, mask, packed_dtype)
-            from .kernels import sparsify
+        if not _is_sm90_layout(weight, packed_dtype):
+            from .kernels import torch_cslt
 
-            return sparsify.sparsify(weight, mask, packed_dtype)
-        from .kernels import probe
+            masked = weight.masked_fill(~_mask24_cuda(weight, mask), 0).to(packed_dtype)
+            return torch_cslt.compress(masked), torch_cslt.compress(masked.T)
+        if weight.dtype == torch.float64:  # rare, and the Triton kernel compares in float32
+            return reference.sparsify(weight, mask, packed_dtype)
+        from .kernels import sparsify
 
-        masked = weight.masked_fill(~_mask24_cuda(weight, mask), 0).to(packed_dtype)
-        return probe.cslt_compress(masked), probe.cslt_compress(masked.T)
+        return sparsify.sparsify(weight, mask, packed_dtype)
 
 
 @torch.library.impl(_LIBRARY, "linear", "CUDA")
@@ -174,22 +175,22 @@ def _linear_cuda(input: Tensor, packed: Tensor, bias: Tensor | None, out_feature
     if rows == 0:
         return input.new_empty(0, out_features)
     if rows % 8:
-        # The library wants multiples of 8. A row of the output depends on its row of the input only, so that what is
-        # in the added rows does not matter.
+        # The library takes multiples of 8. A row of the output depends on its own row of the input only: what is in
+        # the rows added here does not matter.
         padded = input.new_empty(rows + -rows % 8, cols)
         padded[:rows].copy_(input)
     else:
         padded = _aligned(input)
-    bias = None if bias is None else _aligned(bias)
-    if _cuda_layout(input, input.dtype) == "sm90":
+    packed, bias = _aligned(packed), None if bias is None else _aligned(bias)
+    if _is_sm90_layout(input, input.dtype):
         from .kernels import cusparselt
 
-        output = cusparselt.linear(padded, _aligned(packed), bias, out_features)
+        output = cusparselt.linear(padded, packed, bias, out_features)
     else:
-        from .kernels import probe
+        from .kernels import torch_cslt
 
-        output = probe.cslt_linear(padded, packed, bias, out_features)
-    return output if padded.shape[0] == rows else output[:rows]
+        output = torch_cslt.linear(padded, packed, bias, out_features)
+    return output[:rows] if rows % 8 else output
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch._logging._internal import trace_structured
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
-from .config import Config
+from .config import Config, Tune
 from .find import find_linears, parameter_nodes
 from .fqn import Pattern, choose, parse_config
 from .gemms import Linear, Use
 from .legal import device_limits, why_not_sparse, why_skipped
+from .profit import why_slower
 from .report import Report, Site, Status
 from .rewriter import Rewriter
 
@@ -33,9 +34,17 @@ class Names:
 
 
 def rewrite_graph(
-    graph: Graph, patterns: Sequence[Pattern], names: Names | None = None, *, strict: bool = False
+    graph: Graph,
+    patterns: Sequence[Pattern],
+    names: Names | None = None,
+    *,
+    strict: bool = False,
+    tune: Tune = "off",
 ) -> Report:
     """Rewrite the linears that ``patterns`` name, in place.
+
+    Args:
+        tune: ``"auto"`` measures, where it is not known yet, whether sparse kernels pay for a shape.
 
     Raises:
         ValueError: an exactly named linear cannot be 2:4 sparse, or with ``strict`` any named one. The
@@ -53,8 +62,8 @@ def rewrite_graph(
     _refuse(chosen, strict)
     sites = []
     if chosen:
-        rewriter = Rewriter(graph, _fake_mode(graph))
-        sites = [_rewrite_linear(rewriter, linear, pattern) for linear, pattern in chosen]
+        rewriter = Rewriter(graph, _fake_mode(graph), tuned=tune == "auto")
+        sites = [_rewrite_linear(rewriter, linear, pattern, tune) for linear, pattern in chosen]
         rewriter.clean(linear for linear, _ in chosen)
         graph.lint()
     notes = []
@@ -89,7 +98,7 @@ def _refuse(chosen: Sequence[tuple[Linear, Pattern]], strict: bool) -> None:
         raise ValueError("sparse_pass cannot sparsify " + "; ".join(refused))
 
 
-def _rewrite_linear(rewriter: Rewriter, linear: Linear, pattern: Pattern) -> Site:
+def _rewrite_linear(rewriter: Rewriter, linear: Linear, pattern: Pattern, tune: Tune) -> Site:
     scheme = pattern.scheme
     assert scheme is not None
     m, n, k = linear.shape
@@ -116,6 +125,9 @@ def _rewrite_linear(rewriter: Rewriter, linear: Linear, pattern: Pattern) -> Sit
     limits = device_limits(linear.weight.meta["val"].device, dtype)
     reasons = {use: why_not_sparse(use, linear.weight, scheme, limits) for use in (linear.output, *linear.grad_input)}
     sparse = [use for use, reason in reasons.items() if reason is None]
+    if sparse and tune == "auto" and scheme.backend == "auto" and (slower := why_slower(sparse)):
+        reasons.update(dict.fromkeys(sparse, slower))
+        sparse = []
     masked = [use for use, reason in reasons.items() if reason is not None]
     kernel = "cusparselt" if limits.device == "cuda" else "reference"
 

@@ -48,8 +48,9 @@ class Rewriter:
     it stands before every backward, in whatever order the calls run backward.
     """
 
-    def __init__(self, graph: Graph, mode: FakeTensorMode) -> None:
+    def __init__(self, graph: Graph, mode: FakeTensorMode, *, tuned: bool) -> None:
         self.graph = graph
+        self._tuned = tuned
         self._mode = mode
         self._made: dict[Any, Node] = {}
 
@@ -106,9 +107,29 @@ class Rewriter:
     def _masked(self, weight: Node, mask: Node, before: Node) -> Node:
         def make() -> Node:
             zero = self._zero(weight, before, like=before)
-            return self._call_before(before, aten.where.self, (mask, weight, zero))
+            laid_out = self._laid_out(mask, weight, before, like=before)
+            return self._call_before(before, aten.where.self, (laid_out, weight, zero))
 
         return self._once(("masked", mask), make)
+
+    def _laid_out(self, mask: Node, value: Node, before: Node, *, like: Node) -> Node:
+        """The mask in the memory order of ``value``.
+
+        The first operand of ``where`` decides the strides of its result, and what reads the result was
+        captured with those of ``value``: a ``view`` of other strides fails or makes a tensor of other strides.
+        """
+        strides = value.meta["val"].stride()
+        if mask.meta["val"].stride() == strides or not all(isinstance(stride, int) for stride in strides):
+            return mask
+        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        inverse = [order.index(dim) for dim in range(len(strides))]
+        for target, args, kwargs in (
+            (aten.permute.default, (order,), {}),
+            (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
+            (aten.permute.default, (inverse,), {}),
+        ):
+            mask = self._call_before(before, target, (mask, *args), kwargs, like=like)
+        return mask
 
     def _packed(self, weight: Node, scheme: Scheme, dtype: torch.dtype, before: Node) -> tuple[Node, Node]:
         # The mask is chosen on the weight as stored, also where autocast feeds the GEMM a rounded copy.
@@ -156,6 +177,7 @@ class Rewriter:
         users = list(gradient.users)
         after = gradient.next
         zero = self._zero(gradient, after, like=gradient)
+        mask = self._laid_out(mask, gradient, after, like=gradient)
         kept = self._call_before(after, aten.where.self, (mask, gradient, zero), like=gradient)
         for user in users:
             user.replace_input_with(gradient, kept)

@@ -37,7 +37,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of ``expected``, in float64; shapes must be equal."""
     assert actual.shape == expected.shape, f"shape {actual.shape} is not {expected.shape}"
     assert actual.dtype == expected.dtype, f"dtype {actual.dtype} is not {expected.dtype}"
-    difference, norm = (actual.double() - expected.double()).norm(), expected.double().norm()
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference, norm = (actual - expected).norm(), expected.norm()
     return float(difference / norm) if norm else float(difference)
 
 
@@ -170,7 +171,8 @@ def fresh_compile() -> Iterator[None]:
     """No compiled code and no compile cache from before: with a warm cache the pass would not run at all."""
     torch._dynamo.reset()
     with (
-        torch._inductor.config.patch(fx_graph_cache=False),
+        # Not force_disable_caches: it would compile the C++ headers again for every kernel.
+        torch._inductor.config.patch(force_disable_caches=False, fx_graph_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
         # pytest's handlers would have torch format every event of its trace log: 40% of a compile's time.
         mock.patch.object(logging.getLogger("torch.__trace"), "handlers", []),
@@ -190,7 +192,7 @@ def compare(
     inner: str = "aot_eager",
     dynamic: bool | str = False,
     entry: Callable[[nn.Module], Callable[..., Any]] = lambda model: model,
-    named: nn.Module | None | str = "model",
+    named: nn.Module | str | None = "model",
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     backward: bool = True,
     same_gradients: bool = False,

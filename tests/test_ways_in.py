@@ -197,14 +197,16 @@ def compile_with_compile_options(user: Mapping[str, Any], module: nn.Module) -> 
     return torch.compile(module, backend=sp.sparse_backend(CONFIG), options=dict(user))
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "compiled",
+    ("compiled", "form"),
     [
-        compile_with_user_options,
-        compile_with_user_global,
-        compile_with_backend_options,
-        compile_with_compile_options,
+        pytest.param(compile_with_user_options, *form.values, id=f"inductor_options-{form.id}", marks=form.marks)
+        for form in FORMS
+    ]
+    + [
+        pytest.param(compile_with_user_global, as_custom_graph_pass, id="global_config"),
+        pytest.param(compile_with_backend_options, as_callable, id="backend_options"),
+        pytest.param(compile_with_compile_options, as_callable, id="compile_options"),
     ],
 )
 def test_user_passes_still_run(
@@ -324,11 +326,12 @@ def test_aot_eager_computes_the_same() -> None:
         assert len(backend.report.sites) == 2
     dense = run(module, dict(module.named_parameters()), [x])
     assert max(errors(results["aot_eager"], results["inductor"]).values()) < TOLERANCE[torch.float32]
-    assert min(errors(results["aot_eager"], dense).values()) > TOLERANCE[torch.float32]
+    assert errors(results["aot_eager"], dense)["output 0"] > 0.01
 
 
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
-def test_two_threads_compile_at_once(inner: str) -> None:
+@pytest.mark.filterwarnings("ignore:sparse_pass")  # until the last thread is done, the names of one are unmatched
+def test_threads_compile_at_once(inner: str) -> None:
     """One backend, a model for each thread: every site bears the names and shapes of its own model."""
     widths = (64, 128, 192, 256)
     modules = {width: nn.Sequential() for width in widths}

@@ -7,7 +7,6 @@ they are [16, 16] for a 64x64 block, R the tile's row in it and C its column.
 # Triton reads the device functions, which mypy does not; it has no unpacking in tuples.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 # mypy: disable-error-code="import-not-found, assignment"
-# ruff: noqa: RUF005
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from . import torch_cslt
+
 SM90 = "sm90"
 COMPRESS = "compress"
 
@@ -74,27 +76,12 @@ def _by_binding(weight: Tensor, transposed: bool, input: Tensor, bias: Tensor | 
     from . import cusparselt, sparsify
 
     packed = sparsify.sparsify(weight, "optimal", weight.dtype)[int(transposed)]
-    return cusparselt.linear(input, packed, bias, weight.shape[1 if transposed else 0])
+    return cusparselt.linear(input, packed, bias, weight.shape[int(transposed)])
 
 
 def _by_torch(weight: Tensor, transposed: bool, input: Tensor, bias: Tensor | None) -> Tensor:
-    return cslt_linear(
-        input,
-        cslt_compress(weight.T if transposed else weight),
-        bias,
-        weight.shape[1 if transposed else 0],
-    )
-
-
-def cslt_compress(masked: Tensor) -> Tensor:
-    """Pack a masked weight [N, K] by torch, in whatever layout the device has: 1-D, N * K * 9 / 16 elements."""
-    return torch._cslt_compress(masked.contiguous()).reshape(-1)
-
-
-def cslt_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """As `cusparselt.linear`, by torch, which builds a plan in every call."""
-    matrix = packed.view(out_features, -1)  # torch reads the number of rows from the shape
-    return torch._cslt_sparse_mm(matrix, input.T, bias=bias, transpose_result=True)
+    packed = torch_cslt.compress(weight.T if transposed else weight)
+    return torch_cslt.linear(input, packed, bias, weight.shape[int(transposed)])
 
 
 def _error_of(linear: Callable[..., Tensor], device: int, dtype: torch.dtype) -> float:

@@ -1,0 +1,55 @@
+"""Whether sparse kernels are worth it where they are legal: asked of measurements, never of a model of the GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from .gemms import Use, aten
+
+log = logging.getLogger(__name__)
+
+_ROWS = 8
+"""The sparse kernels pad M to a multiple of 8."""
+
+
+def why_slower(uses: Sequence[Use]) -> str | None:
+    """Why the sparse GEMMs of one linear lose against dense ones with the masked weight, or None if they win.
+
+    One answer for output and grad_input together: both feed on one S(W), which costs about the same packed
+    or dense, and a mixed choice would make it twice. Where M is not known at compile time the sparse kernels
+    are taken.
+    """
+    sparse_us = dense_us = 0.0
+    for use in uses:
+        timing = _timing(use)
+        if timing is None:
+            return None
+        sparse_us += timing[0]
+        dense_us += timing[1]
+    if sparse_us < dense_us:
+        return None
+    return f"measured slower: {sparse_us:.0f} us with 2:4 kernels, {dense_us:.0f} us dense"
+
+
+def _timing(use: Use) -> tuple[float, float] | None:
+    """GPU microseconds of a GEMM (sparse, dense), measured now if they are not known; None if that is impossible."""
+    from .kernels.cusparselt import Problem
+    from .kernels.tuner import timing_of
+
+    value = use.gemm.meta["val"]
+    n, k = value.shape[-1], use.operand.meta["val"].numel() // value.shape[-1]
+    m = value.numel() // n
+    if not isinstance(m, int) or m == 0:
+        return None
+    device = value.device.index if value.device.index is not None else torch.cuda.current_device()
+    bias = use.gemm.target is aten.addmm.default
+    problem = Problem(device, value.dtype, m + -m % _ROWS, n, k, bias)
+    try:
+        timing = timing_of(problem, measure=True)
+    except RuntimeError as error:  # out of memory, or a library that refuses: training goes on with the default
+        log.warning("%s could not be measured (%s): the default algorithm is used", problem, error)
+        return None
+    return None if timing is None else (timing.sparse_us, timing.dense_us)
