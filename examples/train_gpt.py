@@ -176,7 +176,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     generator = torch.Generator().manual_seed(args.seed)  # the same batches in every run
     run, seconds = Run(), []
-    every = max(1, args.steps // args.evals)
+    every = math.ceil(args.steps / args.evals)
     progress = tqdm(range(args.steps), desc=f"{name:>6}", unit="step", disable=None)
     for step in progress:
         starts = torch.randint(len(text) - args.context, (args.batch,), generator=generator)

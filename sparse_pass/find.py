@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from .backward import gradient_outputs, tangent_dependent, with_backward
 from .fqn import from_source, normalize
-from .gemms import GEMMS, Linear, Use, aten, is_gemm, operands
+from .gemms import Linear, Use, aten, operands, weight_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
     reads: dict[Node, list[Use]] = {}
     has_stacks = False
     for node in graph.nodes:
-        if not is_gemm(node):
+        if not weight_places(node):
             continue
         if node in backward:
             for use, root, _ in operands(node):
@@ -78,7 +78,7 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
     in_linear = _is_linear_module(kind)
     for use, root, layout in operands(gemm):
         known = parameters.get(root, ())
-        canonical = use.operand is gemm.args[GEMMS[gemm.target][0][0]]
+        canonical = use.operand is gemm.args[weight_places(gemm)[0][0]]
         if known:
             names = _names(known, module, in_linear)
         elif in_linear and module and canonical:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 
@@ -16,7 +17,7 @@ Layout = Literal["kn", "nk"]
 
 # Position of the operand that may hold the weight, and its layout as the op reads it: `kn` as in
 # mm(input, weight.T), `nk` as in linear(input, weight) or in mv(weight, input).
-GEMMS: dict[Any, tuple[tuple[int, Layout], ...]] = {
+_GEMMS: dict[Any, tuple[tuple[int, Layout], ...]] = {
     aten.mm.default: ((1, "kn"), (0, "nk")),
     aten.addmm.default: ((2, "kn"), (1, "nk")),
     aten.bmm.default: ((1, "kn"), (0, "nk")),
@@ -25,8 +26,6 @@ GEMMS: dict[Any, tuple[tuple[int, Layout], ...]] = {
     aten.addmv.default: ((1, "nk"),),
     aten.matmul.default: ((1, "kn"), (0, "nk")),
     aten.linear.default: ((1, "nk"),),
-    # Inductor's CPU decomposition of mm with one row: (input.T * weight.T).sum(0, keepdim=True).
-    aten.mul.Tensor: ((1, "kn"),),
 }
 
 # Ops that only move or round elements: a 2:4 mask commutes with re-running them on the masked weight.
@@ -97,28 +96,39 @@ class Linear:
     """Why the name may not mean this weight."""
 
 
-def is_gemm(node: Node) -> bool:
-    if node.op != "call_function" or node.target not in GEMMS:
-        return False
-    if node.target is not aten.mul.Tensor:
-        return True
-    # A one-row matmul in disguise: [K, 1] * [K, N], summed over K and nothing else.
-    left, right = node.args
-    if not (isinstance(left, Node) and isinstance(right, Node)):
-        return False
-    a, b = left.meta.get("val"), right.meta.get("val")
-    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dim() == b.dim() == 2):
-        return False
-    return (
-        a.shape[1] == 1
-        and a.shape[0] == b.shape[0]
-        and bool(node.users)
-        and all(user.target is aten.sum.dim_IntList and list(user.args[1:]) == [[0], True] for user in node.users)
+def weight_places(node: Node) -> tuple[tuple[int, Layout], ...]:
+    """Where a GEMM may hold the weight, the usual place first; empty if the node is no GEMM."""
+    if node.op != "call_function":
+        return ()
+    return _product_and_sum(node) if node.target is aten.mul.Tensor else _GEMMS.get(node.target, ())
+
+
+def _product_and_sum(mul: Node) -> tuple[tuple[int, Layout], ...]:
+    """The same for one-row matmuls as Inductor decomposes them.
+
+    mm on a CPU is ``(input.T * weight.T).sum([0], True)`` with [K, 1] * [K, N], and mv everywhere
+    ``(weight * vector).sum([1])`` with [N, K] * [K].
+    """
+    left, right = (n.meta.get("val") if isinstance(n, Node) else None for n in mul.args)
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor) or left.dim() != 2:
+        return ()
+    if right.dim() == 2 and _all_sum(mul, [0], True):
+        fits = left.shape[1] == 1 and left.shape[0] == right.shape[0]
+        return ((1, "kn"),) if statically_known_true(fits) else ()
+    if right.dim() == 1 and _all_sum(mul, [1]):
+        return ((0, "nk"),) if statically_known_true(left.shape[1] == right.shape[0]) else ()
+    return ()
+
+
+def _all_sum(product: Node, *how: Any) -> bool:
+    """Whether a product is summed in this way and not read otherwise."""
+    return bool(product.users) and all(
+        user.target is aten.sum.dim_IntList and user.args[1:] == how and not user.kwargs for user in product.users
     )
 
 
 def operands(gemm: Node) -> Iterator[tuple[Use, Node, Layout]]:
-    for position, layout in GEMMS[gemm.target]:
+    for position, layout in weight_places(gemm):
         operand = gemm.args[position]
         if isinstance(operand, Node):
             root, chain = _trace(operand)

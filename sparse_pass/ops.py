@@ -23,7 +23,7 @@ PACKED_DTYPES = (torch.float16, torch.bfloat16)
 _LIBRARY = torch.library.Library("sparse_pass", "DEF")
 for _schema in (
     "sparsify(Tensor weight, str mask, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
-    "linear(Tensor input, Tensor packed, Tensor? bias, SymInt out_features) -> Tensor",
+    "linear(Tensor input, Tensor packed, Tensor? bias, SymInt out_features, *, bool tuned=False) -> Tensor",
     "mask24(Tensor weight, str mask) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -104,7 +104,9 @@ def _sparsify_fake(weight: Tensor, mask: str, *, dtype: torch.dtype | None = Non
 
 
 @torch.library.register_fake("sparse_pass::linear", lib=_LIBRARY)
-def _linear_fake(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def _linear_fake(
+    input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
+) -> Tensor:
     _check_linear(input, packed, bias, out_features)
     return input.new_empty(input.shape[0], out_features)
 
@@ -124,7 +126,9 @@ def _sparsify_cpu(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None
 
 
 @torch.library.impl(_LIBRARY, "linear", "CPU")
-def _linear_cpu(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def _linear_cpu(
+    input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
+) -> Tensor:
     _check_linear(input, packed, bias, out_features)
     dense = reference.unpack(packed, out_features, input.shape[1])
     return torch.nn.functional.linear(input.contiguous(), dense, bias)
@@ -166,11 +170,13 @@ def _sparsify_cuda(weight: Tensor, mask: str, *, dtype: torch.dtype | None = Non
 
 
 @torch.library.impl(_LIBRARY, "linear", "CUDA")
-def _linear_cuda(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def _linear_cuda(
+    input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
+) -> Tensor:
     _check_linear(input, packed, bias, out_features)
     if input.get_device() != torch.cuda.current_device():
         with torch.cuda.device(input.device):
-            return _linear_cuda(input, packed, bias, out_features)
+            return _linear_cuda(input, packed, bias, out_features, tuned=tuned)
     rows, cols = input.shape
     if rows == 0:
         return input.new_empty(0, out_features)
@@ -183,9 +189,10 @@ def _linear_cuda(input: Tensor, packed: Tensor, bias: Tensor | None, out_feature
         padded = _aligned(input)
     packed, bias = _aligned(packed), None if bias is None else _aligned(bias)
     if _is_sm90_layout(input, input.dtype):
-        from .kernels import cusparselt
+        from .kernels import cusparselt, tuner
 
-        output = cusparselt.linear(padded, packed, bias, out_features)
+        multiply = tuner.linear if tuned else cusparselt.linear
+        output = multiply(padded, packed, bias, out_features)
     else:
         from .kernels import torch_cslt
 

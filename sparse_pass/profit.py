@@ -36,14 +36,19 @@ def why_slower(uses: Sequence[Use]) -> str | None:
 
 def _timing(use: Use) -> tuple[float, float] | None:
     """GPU microseconds of a GEMM (sparse, dense), measured now if they are not known; None if that is impossible."""
+    value = use.gemm.meta["val"]
+    if not value.is_cuda:
+        return None
+    from .kernels import probe
     from .kernels.cusparselt import Problem
     from .kernels.tuner import timing_of
 
-    value = use.gemm.meta["val"]
     n, k = value.shape[-1], use.operand.meta["val"].numel() // value.shape[-1]
     m = value.numel() // n
     if not isinstance(m, int) or m == 0:
         return None
+    if probe.layout(value.device, value.dtype) != probe.SM90:
+        return None  # torch's own calls choose their algorithm themselves
     device = value.device.index if value.device.index is not None else torch.cuda.current_device()
     bias = use.gemm.target is aten.addmm.default
     problem = Problem(device, value.dtype, m + -m % _ROWS, n, k, bias)

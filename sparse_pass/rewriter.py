@@ -159,7 +159,8 @@ class Rewriter:
             rows = self._call_before(gemm, aten.reshape.default, (input, [-1, sizes[-1]]))
         fused = bias if isinstance(bias, Node) and bias.meta["val"].shape == (out_features,) else None
         chosen = packed if reads_rows(use) else packed_t
-        result = self._call_before(gemm, sparse_ops.linear.default, (rows, chosen, fused, out_features))
+        tuned = {"tuned": True} if self._tuned and gemm.meta["val"].is_cuda else {}
+        result = self._call_before(gemm, sparse_ops.linear.default, (rows, chosen, fused, out_features), tuned)
         if bias is not None and fused is None:
             result = self._call_before(gemm, aten.add.Tensor, (result, bias))
         if len(sizes) != 2:

@@ -187,8 +187,17 @@ def linear(
     float16 or bfloat16, on the current device, contiguous and 16-byte aligned; M a positive multiple of 8. Runs on
     the current stream. algorithm: an id of the library, or None for the default. RuntimeError if the library refuses.
     """
+    return launch(problem_of(input, bias, out_features), algorithm, input, packed, bias)
+
+
+def problem_of(input: Tensor, bias: Tensor | None, out_features: int) -> Problem:
+    """The problem that a call of `linear` solves."""
     m, k = input.shape
-    problem = Problem(input.get_device(), input.dtype, m, out_features, k, bias is not None)
+    return Problem(input.get_device(), input.dtype, m, out_features, k, bias is not None)
+
+
+def launch(problem: Problem, algorithm: int | None, input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` for a problem that the caller has made already."""
     key = problem, algorithm
     plan = _PLANS.get(key)
     if plan is None:

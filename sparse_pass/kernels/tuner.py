@@ -107,7 +107,7 @@ def _time(launch: Callable[[], object]) -> float:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(_CALLS):
             launch()
-    samples = []
+    samples: list[float] = []
     graph.replay()
     for _ in range(_SAMPLES):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -116,7 +116,7 @@ def _time(launch: Callable[[], object]) -> float:
         end.record()
         end.synchronize()
         samples.append(start.elapsed_time(end) * 1000 / _CALLS)
-    return median(samples)
+    return float(median(samples))
 
 
 _CHOSEN: dict[Problem, int | None] = {}
@@ -128,7 +128,7 @@ def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
     A number of rows that was never measured takes the algorithm of the next one in a coarse grid, so that dynamic
     shapes measure a few times and not in every step.
     """
-    problem = Problem(input.get_device(), input.dtype, input.shape[0], out_features, input.shape[1], bias is not None)
+    problem = cusparselt.problem_of(input, bias, out_features)
     algorithm = _CHOSEN[problem] if problem in _CHOSEN else _choose(problem)
     return cusparselt.launch(problem, algorithm, input, packed, bias)
 

@@ -1,0 +1,83 @@
+"""What the benchmarks share: timing by CUDA events, and results that say where they come from."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+import torch
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument("--seconds", type=float, default=1.0, help="GPU seconds to spend on each figure")
+    return parser
+
+
+def microseconds(step: Callable[[], object], seconds: float = 1.0, warmup: int = 3) -> float:
+    """Median GPU time of one call of ``step``, between CUDA events. Host time counts where the GPU waits for it."""
+    for _ in range(warmup):
+        step()
+    torch.cuda.synchronize()
+    once = _timed(step, 1)[0]
+    return median(_timed(step, max(5, min(200, int(seconds * 1e6 / max(once, 1.0))))))
+
+
+def _timed(step: Callable[[], object], count: int) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [1000 * a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def peak_gib(step: Callable[[], object]) -> float:
+    """Peak memory that torch's allocator holds in one call of ``step``, GiB."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def environment() -> dict[str, str]:
+    """Everything a reader needs to run it again."""
+    from sparse_pass.kernels.cusparselt_library import version
+
+    clocks = subprocess.run(
+        ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "GPU": torch.cuda.get_device_name(),
+        "clocks now (SM, memory), driver": clocks.splitlines()[0] if clocks else "unknown",
+        "torch": torch.__version__,
+        "cuSPARSELt": ".".join(map(str, version())),
+        "Python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": f"python {shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}",
+    }
+
+
+def save(table: pd.DataFrame, name: str, out: Path, about: str) -> None:
+    """Print a table, and write it as CSV and as markdown with its environment."""
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out / f"{name}.csv", index=False)
+    facts = "\n".join(f"- {key}: {value}" for key, value in environment().items())
+    (out / f"{name}.md").write_text(f"# {name}\n\n{about}\n\n{facts}\n\n{table.to_markdown(index=False)}\n")
+    print(f"\n{name}: {about}\n{table.to_string(index=False)}", flush=True)
