@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import re
 import statistics
 import sysconfig
@@ -24,6 +25,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+# Before torch loads OpenMP: waiting threads should sleep. Spinning ones cost a small model on a busy
+# machine with few cores several times its step time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F

@@ -7,14 +7,14 @@ several share a weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from .gemms import MOVES, Linear, Use, packet_name
+from .gemms import MOVES, Linear, Use, is_move, operands, packet_name, trace, weight_places
 
 # What stands between a GEMM's gradient and the gradient output of its weight.
 _GRAD_MOVES = MOVES | frozenset(
@@ -65,7 +65,8 @@ def with_backward(
     seq = linear.output.gemm.meta.get("seq_nr")
     grad_input = tuple(use for use in reads if _belongs(use, linear, sharing))
     unplaced = ""
-    if any(not any(_belongs(use, one, sharing) for one in sharing) for use in reads):
+    gemms = [use for use in reads if weight_places(use.gemm)]
+    if any(not any(_belongs(use, one, sharing) for one in sharing) for use in gemms):
         unplaced = "grad_input: a backward GEMM of the shared weight belongs to none of its calls; left dense"
     index = grad_operand = None
     if grad_outputs is None:
@@ -86,11 +87,27 @@ def with_backward(
     )
 
 
+def backward_reads(node: Node) -> Iterator[tuple[Use, Node]]:
+    """What a backward node reads, each with the node that it was made from.
+
+    Of a GEMM the operands that may be a weight; of another op all, since what is a product and a sum in the
+    forward (`weight_places`) can have a grad_input of another form.
+    """
+    if weight_places(node):
+        yield from ((use, root) for use, root, _ in operands(node))
+    elif node.op == "call_function" and not is_move(node):
+        for operand in node.all_input_nodes:
+            root, chain = trace(operand)
+            yield Use(node, operand, chain), root
+
+
 def _belongs(use: Use, linear: Linear, sharing: list[Linear]) -> bool:
-    """Whether a backward GEMM that reads the weight is the grad_input of this call."""
+    """Whether a backward node that reads the weight is the grad_input of this call."""
+    seq = use.gemm.meta.get("seq_nr")
+    if not weight_places(use.gemm):
+        return seq is not None and bool(linear.output.gemm.meta.get("seq_nr") == seq)
     if len(sharing) == 1:
         return True
-    seq = use.gemm.meta.get("seq_nr")
     if seq is not None and any(one.output.gemm.meta.get("seq_nr") == seq for one in sharing):
         return bool(linear.output.gemm.meta.get("seq_nr") == seq)
     return not set(linear.output.chain).isdisjoint(use.chain)
@@ -107,9 +124,11 @@ def _gradient_of_operand(gradient: Node, linear: Linear, seq: int | None) -> Nod
         if node in seen or node.op != "call_function":
             continue
         seen.add(node)
-        # In the autograd node of the GEMM the last node has the operand's own layout.
+        # In the autograd node of the GEMM the last node has the operand's own layout. The sum of several
+        # gradients is no part of it, although it gets the number of the node that ran last.
         value = node.meta.get("val")
-        if node.meta.get("seq_nr") == seq and isinstance(value, torch.Tensor) and value.shape == shape:
+        same = node.meta.get("seq_nr") == seq and isinstance(value, torch.Tensor) and value.shape == shape
+        if same and packet_name(node) != "add":
             return node
         if packet_name(node) in _GRAD_MOVES:
             pending += [n for n in node.all_input_nodes if n not in seen]

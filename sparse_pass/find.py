@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
-from .backward import gradient_outputs, tangent_dependent, with_backward
+from .backward import backward_reads, gradient_outputs, tangent_dependent, with_backward
 from .fqn import from_source, normalize
-from .gemms import Linear, Use, aten, operands, weight_places
+from .gemms import Linear, Use, aten, operands, trace, weight_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +33,32 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
     backward = tangent_dependent(graph)
     forward: list[Linear] = []
     reads: dict[Node, list[Use]] = {}
+    # Sequence numbers of the GEMMs that read a weight and are no linears: their backward is not the linear's.
+    others: dict[Node, set[int | None]] = {}
     has_stacks = False
     for node in graph.nodes:
-        if not weight_places(node):
-            continue
         if node in backward:
-            for use, root, _ in operands(node):
+            for use, root in backward_reads(node):
                 reads.setdefault(root, []).append(use)
-        else:
+        elif weight_places(node):
             has_stacks |= bool(node.meta.get("nn_module_stack"))
             linear = _forward_linear(node, parameters)
             if linear is not None:
                 forward.append(linear)
+            else:
+                for _, root, _ in operands(node):
+                    others.setdefault(root, set()).add(node.meta.get("seq_nr"))
     sharing: dict[Node, list[Linear]] = {}
     for linear in forward:
         sharing.setdefault(linear.weight, []).append(linear)
     if backward:
         grad_outputs = gradient_outputs(graph)
-        forward = [with_backward(one, sharing[one.weight], reads.get(one.weight, []), grad_outputs) for one in forward]
+        own = {
+            weight: [use for use in uses if use.gemm.meta.get("seq_nr") not in others.get(weight, ())]
+            for weight, uses in reads.items()
+            if weight in sharing
+        }
+        forward = [with_backward(one, sharing[one.weight], own.get(one.weight, []), grad_outputs) for one in forward]
     return Found(_tell_apart(forward, parameters), has_stacks)
 
 
@@ -87,11 +95,13 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
             continue
         if root.target is aten.where.self and str(getattr(root.args[0], "target", "")).startswith("sparse_pass."):
             return None  # an earlier pass has masked this weight
+        if sum(trace(other)[0] is root for other in gemm.args if isinstance(other, Node)) > 1:
+            return None  # a weight times itself, as in a regularizer, is no linear
         value = use.operand.meta["val"]
         if value.dim() < 2:
             continue
         n, k = value.shape[-2:] if layout == "nk" else reversed(value.shape[-2:])
-        return Linear(names, root, use, layout, (_rows(gemm, n), n, k))
+        return Linear(names, root, use, layout, (_rows(gemm, n, k), n, k))
     return None
 
 
@@ -118,12 +128,11 @@ def _is_linear_module(kind: object) -> bool:
     return name.endswith("Linear") or name == "Conv1D"
 
 
-def _rows(gemm: Node, n: int) -> Any:
+def _rows(gemm: Node, n: int, k: int) -> Any:
     """M: how many rows of N numbers the GEMM writes."""
-    if gemm.target is aten.mul.Tensor:
-        return 1
-    rows = gemm.meta["val"].numel()
-    return rows // n if n else 0
+    numel = gemm.meta["val"].numel()
+    per_row = n * k if gemm.target is aten.mul.Tensor else n
+    return numel // per_row if per_row else 0
 
 
 def parameter_nodes(graph: Graph, names_by_input: Mapping[int, tuple[str, ...]]) -> dict[Node, tuple[str, ...]]:

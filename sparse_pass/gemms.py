@@ -104,20 +104,23 @@ def weight_places(node: Node) -> tuple[tuple[int, Layout], ...]:
 
 
 def _product_and_sum(mul: Node) -> tuple[tuple[int, Layout], ...]:
-    """The same for one-row matmuls as Inductor decomposes them.
+    """The same for matmuls of one row as Inductor decomposes them.
 
-    mm on a CPU is ``(input.T * weight.T).sum([0], True)`` with [K, 1] * [K, N], and mv everywhere
-    ``(weight * vector).sum([1])`` with [N, K] * [K].
+    mm is ``([K, 1] * [K, N]).sum([0], True)`` on a CPU and ``([1, K, 1] * [1, K, N]).sum([1])`` on a GPU with
+    coordinate descent tuning, where bmm is ``([B, 1, K, 1] * [B, 1, K, N]).sum([2])``; mv is
+    ``([N, K] * [K]).sum([1])``.
     """
     left, right = (n.meta.get("val") if isinstance(n, Node) else None for n in mul.args)
-    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor) or left.dim() != 2:
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
         return ()
-    if right.dim() == 2 and _all_sum(mul, [0], True):
-        fits = left.shape[1] == 1 and left.shape[0] == right.shape[0]
-        return ((1, "kn"),) if statically_known_true(fits) else ()
-    if right.dim() == 1 and _all_sum(mul, [1]):
+    dims = left.dim()
+    if (dims, right.dim()) == (2, 1) and _all_sum(mul, [1]):
         return ((0, "nk"),) if statically_known_true(left.shape[1] == right.shape[0]) else ()
-    return ()
+    if dims != right.dim() or dims not in (2, 3, 4) or not _all_sum(mul, [dims - 2], *([True] if dims == 2 else [])):
+        return ()
+    ones = (left.shape[-1], *left.shape[-3:-2])
+    fits = all(statically_known_true(size == 1) for size in ones) and left.shape[-2] == right.shape[-2]
+    return ((1, "kn"),) if statically_known_true(fits) else ()
 
 
 def _all_sum(product: Node, *how: Any) -> bool:
@@ -131,15 +134,19 @@ def operands(gemm: Node) -> Iterator[tuple[Use, Node, Layout]]:
     for position, layout in weight_places(gemm):
         operand = gemm.args[position]
         if isinstance(operand, Node):
-            root, chain = _trace(operand)
+            root, chain = trace(operand)
             yield Use(gemm, operand, chain), root, layout
 
 
-def _trace(operand: Node) -> tuple[Node, tuple[Node, ...]]:
+def is_move(node: Node) -> bool:
+    return node.op == "call_function" and (node.target is operator.getitem or packet_name(node) in MOVES)
+
+
+def trace(operand: Node) -> tuple[Node, tuple[Node, ...]]:
     """The node that ``operand`` was made from by moves alone, and the moves in order."""
     chain: list[Node] = []
     node = operand
-    while node.op == "call_function" and (node.target is operator.getitem or packet_name(node) in MOVES):
+    while is_move(node):
         source = node.args[0]
         if not isinstance(source, Node):
             break

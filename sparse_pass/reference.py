@@ -59,6 +59,7 @@ def _list_masks() -> tuple[frozenset[int], ...]:
 
 
 MASK_LIST = _list_masks()
+_MASK_TABLE = torch.tensor([[place in places for place in range(16)] for places in MASK_LIST], device="cpu")
 
 
 def mask24(weight: Tensor, mask: str) -> Tensor:
@@ -117,8 +118,7 @@ def _optimal(lines: Tensor) -> Tensor:
     candidates.append(_both(upper, lower, 12))
     _, number = _first_largest(candidates, [8] * 6 + [4] * 3 + [144])
 
-    table = [[place in places for place in range(16)] for places in MASK_LIST]
-    return torch.tensor(table, device=lines.device).index_select(0, number.int()).T
+    return _MASK_TABLE.to(lines.device).index_select(0, number.int()).T
 
 
 # A sum of magnitudes, float [T], and which of its alternatives it took: uint8 [T], numbered as in MASK_LIST.

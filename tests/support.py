@@ -79,11 +79,13 @@ def ste_reference(model: nn.Module, config: Config) -> nn.Module:
     Of a tied weight only the named places are masked. ``decay`` is added once per parameter.
     """
     reference = copy.deepcopy(model)
+    decayed = set()
     for name, scheme in named_parameters(model, config).items():
         owner, _, leaf = name.rpartition(".")
         parametrize.register_parametrization(reference.get_submodule(owner), leaf, StraightThrough(scheme))
-        if scheme.decay:
-            weight = reference.get_submodule(owner).parametrizations[leaf].original
+        weight = reference.get_submodule(owner).parametrizations[leaf].original
+        if scheme.decay and weight.requires_grad and id(weight) not in decayed:
+            decayed.add(id(weight))
             weight.register_hook(lambda gradient, w=weight, s=scheme: gradient + decay_of(w, s))
     return reference
 
@@ -317,9 +319,9 @@ def check_invariants(graph: Graph | GraphModule, before: GraphFacts | None = Non
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        assert "val" in node.meta, f"{node} has no meta['val']"
         if node in old and not any(source not in old for source in node.all_input_nodes):
             continue
+        assert "val" in node.meta, f"{node} has no meta['val']"
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         mode = _fake_mode(node)
         with mode if mode is not None else nullcontext():

@@ -242,7 +242,6 @@ CASES = {
         dtype=torch.float32,
     ),
     "dynamic": Case(config={"*": SPARSE}, dynamic=True, rows=(8, 24), sites=2),
-    "recompiled": Case(config={"*": SPARSE}, dynamic=False, rows=(8, 24), graphs=2, sites=4),
     "automatic_dynamic": Case(config={"1": SPARSE}, rows=(8, 24), graphs=2, sites=2),
     "graph_break": Case(
         module=Broken,

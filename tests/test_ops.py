@@ -109,7 +109,7 @@ def test_fakes_have_the_true_metadata():
             assert (a.shape, a.stride(), a.dtype, a.device) == (e.shape, e.stride(), e.dtype, e.device)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_with_a_dynamic_batch(backend):
     def step(x, weight, bias):
         packed, packed_t = sparse.sparsify(weight, "optimal", dtype=x.dtype)

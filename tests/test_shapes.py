@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +95,15 @@ def strided(kind: str) -> Tensor:
 
 @pytest.mark.parametrize(
     "kind",
-    ["transposed", "features outermost", "every second", "expanded rows", "expanded batch", "expanded features", "offset"],
+    [
+        "transposed",
+        "features outermost",
+        "every second",
+        "expanded rows",
+        "expanded batch",
+        "expanded features",
+        "offset",
+    ],
 )
 def test_strides(kind: str) -> None:
     x = strided(kind)
@@ -104,9 +111,7 @@ def test_strides(kind: str) -> None:
     compare(Two(), BOTH, (x,), entry=lambda model: lambda x: model(x.movedim(-1, 0).movedim(0, -1)))
 
 
-@pytest.mark.parametrize(
-    ("k", "n"), [(4, 4), (4, 64), (68, 12), (100, 36), (64, 192), (20, 132)], ids=str
-)
+@pytest.mark.parametrize(("k", "n"), [(4, 4), (4, 64), (68, 12), (100, 36), (64, 192), (20, 132)], ids=str)
 def test_widths(k: int, n: int) -> None:
     compare(Two(k, n), BOTH, (leaf(5, k),))
 
@@ -131,6 +136,20 @@ def test_dynamic_to_one_and_to_none() -> None:
 
 
 # Ways to multiply
+
+
+class OwnLinear(torch.autograd.Function):
+    """A linear whose backward its author wrote."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.T @ x
 
 
 class By(nn.Module):
@@ -187,7 +206,321 @@ WAYS = {
     ),
     "viewed flat and back": (lambda x, w, b: F.linear(x, w.reshape(-1).view(12, 8)), (12, 8), (5, 8)),
     "cast": (lambda x, w, b: F.linear(x.double(), w.double()).float(), (12, 8), (5, 8)),
-    "also used elsewhere": (lambda x, w, b: F.linear(x, w) + w.sum() + w.square().mean(), (12, 8), (5, 8)),
-    "also multiplied by itself": (lambda x, w, b: F.linear(x, w) @ w, (12, 8), (5, 8)),
+    "own function": (lambda x, w, b: OwnLinear.apply(x, w), (12, 8), (5, 8)),
+    # As Inductor decomposes mv, and mm and bmm of one row.
+    "mv as product and sum": (lambda x, w, b: (w * x).sum(1), (12, 8), (8,)),
+    "product and sum": (lambda x, w, b: (x.T * w.T).sum(0, keepdim=True), (12, 8), (1, 8)),
+    "product and sum, rank 3": (
+        lambda x, w, b: (x.unsqueeze(2) * w.T.unsqueeze(0)).sum(1), (12, 8), (1, 8)
+    ),
+    "product and sum, rank 4": (
+        lambda x, w, b: (x.unsqueeze(-1) * w.T.expand(3, 8, 12).unsqueeze(1)).sum(2), (12, 8), (3, 1, 8)
+    ),
+    "twice": (lambda x, w, b: F.linear(x, w) @ w, (12, 8), (5, 8)),
+    "twice, square": (lambda x, w, b: F.linear(F.linear(x, w).sin(), w), (8, 8), (5, 8)),
+    "twice, square, x @ w": (lambda x, w, b: (x @ w).sin() @ w, (8, 8), (5, 8)),
 }  # fmt: skip
 """Name: (product, shape of the weight, shape of the input)."""
+
+SITES = {
+    "addmm, full bias": 2,
+    "chunks": 3,
+    "split": 2,
+    "overlapping slices": 2,
+    "twice": 2,
+    "twice, square": 2,
+    "twice, square, x @ w": 2,
+}
+"""GEMMs of a way that read the weight, where they are not one."""
+
+
+def by(way: str) -> tuple[By, Tensor]:
+    multiply, weight, inputs = WAYS[way]
+    return By(multiply, *weight), leaf(*inputs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_way(way: str) -> None:
+    model, x = by(way)
+    compare(model, {"w": W24}, (x,), sites=SITES.get(way, 1))
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["x @ w.T, rank 3", "x @ w", "w @ x, rank 3", "w @ vector", "addmv", "addmm, scaled", "chunks", "einsum, heads"],
+)
+def test_way_through_inductor(way: str) -> None:
+    model, x = by(way)
+    compare(model, {"w": W24}, (x,), sites=SITES.get(way, 1), inner="inductor")
+
+
+ALL_OPTIONS = sp.WeightSparsity(mask="greedy", grad_weight="masked", decay=0.3)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "own function"])
+def test_way_with_all_options(way: str) -> None:
+    model, x = by(way)
+    compare(model, {"w": ALL_OPTIONS}, (x,), sites=SITES.get(way, 1))
+
+
+@pytest.mark.parametrize("changed", [{"grad_weight": "masked"}, {"decay": 0.1}], ids=str)
+def test_gradient_of_unknown_origin_is_refused(changed: dict[str, Any]) -> None:
+    """A GEMM in somebody's backward is no grad_weight that the pass knows; the default leaves it alone."""
+    model, x = by("own function")
+    with pytest.raises(Exception, match=r"'w'.*changes grad_weight, but grad_weight: not found"):
+        compare(model, {"w": sp.WeightSparsity(**changed)}, (x,))
+
+
+# Schemes
+
+
+SCHEMES = [
+    sp.WeightSparsity(mask="greedy"),
+    sp.WeightSparsity(grad_weight="masked"),
+    sp.WeightSparsity(decay=0.25),
+    ALL_OPTIONS,
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@INNERS
+def test_scheme(scheme: sp.WeightSparsity, inner: str) -> None:
+    compare(Two(), {"up": scheme, "down": W24}, (leaf(2, 3, 8),), inner=inner)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_scheme_under_autocast_and_dynamic(scheme: sp.WeightSparsity) -> None:
+    compare(
+        Two(), {"*": scheme}, (leaf(3, 8),), (leaf(5, 8),),
+        dynamic="batch", context=lambda: torch.autocast("cpu", torch.bfloat16), tolerance=TOLERANCE[torch.bfloat16],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_scheme_where_the_weight_is_frozen(scheme: sp.WeightSparsity) -> None:
+    model = Two()
+    model.up.weight.requires_grad_(False)
+    compare(model, {"up": scheme}, (leaf(3, 8),))
+
+
+class Shared(nn.Module):
+    """One weight under two names, of which each has its use."""
+
+    def __init__(self, use: Callable[[Tensor, nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+        self.alias = self.fc.weight
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.fc, self.alias)
+
+
+USES = {
+    "sum": lambda x, fc, w: fc(x) * w.sum() + w.square().mean(),
+    "embedding": lambda x, fc, w: fc(F.embedding(x.argsort(-1)[..., 0], w)) + x,
+    "gram": lambda x, fc, w: fc(x) + (w @ w.T).mean(),
+    "second call": lambda x, fc, w: fc(torch.tanh(fc(x))),
+}
+
+
+@pytest.mark.parametrize("scheme", [W24, ALL_OPTIONS], ids=str)
+@pytest.mark.parametrize("use", USES)
+def test_weight_with_another_use(use: str, scheme: sp.WeightSparsity) -> None:
+    """Only the linear is sparse; what else reads the weight reads it as it is. Decay is added once."""
+    sites = 2 if use == "second call" else 1
+    compare(Shared(USES[use]), {"fc": scheme}, (leaf(5, 12),), sites=sites)
+
+
+def test_module_name_means_its_weight() -> None:
+    """Also where F.linear reads it, as nn.MultiheadAttention does with that of out_proj."""
+    model = Shared(lambda x, fc, w: fc(torch.tanh(F.linear(x, w))))
+    compare(model, {"fc": W24}, (leaf(5, 12),), masked={"fc": W24, "alias": W24})
+
+
+# Weights that cannot be 2:4 sparse
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 8, 12) / 3)
+        self.out = nn.Linear(12, 6)
+        self.last = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.out(torch.tanh(torch.bmm(x, self.experts))))
+
+
+REFUSED = {
+    "experts": r"\[3, 8, 12\].*2-D",
+    "out": r"\[6, 12\].*multiples of 4",
+    "last": r"\[8, 6\].*multiples of 4",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("named", [True, False], ids=["model", "no_model"])
+def test_exact_name_of_what_cannot_be_sparse(name: str, named: bool) -> None:
+
+    def train(model: nn.Module) -> None:
+        backend = sp.sparse_backend({name: W24}, model=model if named else None, inner="aot_eager")
+        torch.compile(model, backend=backend)(leaf(3, 5, 8))
+
+    with pytest.raises(Exception, match=rf"{name}.*{REFUSED[name]}"):
+        train(Experts())
+
+
+def test_pattern_that_reaches_what_cannot_be_sparse() -> None:
+    """Skipped, each with its reason, and computed dense."""
+    model, x = Experts(), leaf(3, 5, 8)
+    backend = sp.sparse_backend({"re:.*": W24}, inner="aot_eager")
+    parameters = dict(model.named_parameters())
+    actual = run(torch.compile(model, backend=backend), parameters, [x])
+    assert max(errors(actual, run(model, parameters, [x])).values()) < TOLERANCE[torch.float32]
+    sites = {site.fqn: site for site in backend.report.sites}
+    assert {name: site.status for name, site in sites.items()} == dict.fromkeys(["experts", "out", "last"], "skipped")
+    assert "[3, 8, 12]" in sites["experts"].reason
+    assert "multiples of 4" in sites["out"].reason
+
+
+# Kernels: on a CPU the reference ones, in the byte layout of the GPU's
+
+
+CUSPARSELT = sp.WeightSparsity(backend="cusparselt")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64), (64,), (0, 64)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_reference_kernels(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    model, x = Two(64, 128, bias).to(dtype), leaf(*shape).detach().to(dtype).requires_grad_()
+    compare(model, {"up": CUSPARSELT, "down": CUSPARSELT}, (x,), status="sparse", tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "scheme", [CUSPARSELT, sp.WeightSparsity(backend="cusparselt", grad_weight="masked", decay=0.1)], ids=str
+)
+@INNERS
+def test_reference_kernels_under_autocast(scheme: sp.WeightSparsity, inner: str) -> None:
+    compare(
+        Two(64, 128), {"up": scheme, "down": scheme}, (leaf(3, 64),), (leaf(5, 64),),
+        dynamic="batch", inner=inner, status="sparse",
+        context=lambda: torch.autocast("cpu", torch.bfloat16), tolerance=TOLERANCE[torch.bfloat16],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["x @ w", "addmm, full bias", "x @ w, rank 4", "x @ w.T, rank 3"])
+def test_reference_kernels_by_hand(way: str) -> None:
+    """Conv1D's layout, and a bias that is a matrix."""
+    multiply, _, inputs = WAYS[way]
+    shape = (64, 128) if "w.T" not in way and "full" not in way else (128, 64)
+    model = By(multiply, *shape).to(torch.bfloat16)
+    model.b = nn.Parameter(torch.randn(128).bfloat16())
+    x = torch.randn(*inputs[:-1], 64).bfloat16().requires_grad_()
+    compare(model, {"w": CUSPARSELT}, (x,), sites=SITES.get(way, 1), status="sparse", tolerance=0.03)
+
+
+def test_reference_kernels_with_tied_weights() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64, bias=False)).bfloat16()
+    model[2].weight = model[0].weight
+    x = torch.randn(5, 64).bfloat16().requires_grad_()
+    for config in ({"2": CUSPARSELT}, {"0": CUSPARSELT, "2": CUSPARSELT}):
+        compare(model, config, (x,), status="sparse", tolerance=TOLERANCE[torch.bfloat16])
+
+
+def test_what_the_kernels_do_not_take() -> None:
+    """float32, and dims that are no multiples of 64: the same mathematics, with the reason."""
+    for model, x, reason in (
+        (Two(64, 128), leaf(5, 64), "float32 has no 2:4 kernels"),
+        (Two(64, 68).bfloat16(), leaf(5, 64).detach().bfloat16().requires_grad_(), "multiples of 64"),
+    ):
+        tolerance = TOLERANCE[x.dtype]
+        compare(model, {"up": CUSPARSELT, "down": CUSPARSELT}, (x,), tolerance=tolerance)
+        backend = sp.sparse_backend({"up": CUSPARSELT}, inner="aot_eager")
+        torch.compile(model, backend=backend)(x)
+        assert reason in backend.report.sites[0].reason
+
+
+# Exported graphs
+
+
+def _module(program: torch.export.ExportedProgram, config: Config) -> tuple[sp.Report, Callable[..., Tensor]]:
+    module = program.module()
+    return _rewritten(module, config), module
+
+
+def _graph_module(program: torch.export.ExportedProgram, config: Config) -> tuple[sp.Report, Callable[..., Tensor]]:
+    return _rewritten(program.graph_module, config), program.module()
+
+
+def _rewritten(graph_module: torch.fx.GraphModule, config: Config) -> sp.Report:
+    before = graph_facts(graph_module)
+    report = sp.rewrite(graph_module, config)
+    check_invariants(graph_module, before)
+    return report
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("decomposed", [False, True], ids=["linear", "addmm"])
+@pytest.mark.parametrize("rewritten", [_module, _graph_module], ids=["module", "graph_module"])
+def test_export(rewritten: Callable[..., Any], decomposed: bool, dynamic: bool) -> None:
+    model, x = Two().eval(), torch.randn(4, 3, 8)
+    model.down.bias = None
+    dims = ({0: torch.export.Dim("batch", min=2)},) if dynamic else None
+    program = torch.export.export(model, (x,), dynamic_shapes=dims)
+    if decomposed:
+        program = program.run_decompositions()
+    report, run_it = rewritten(program, {"up": W24, "down": W24})
+    assert [(site.fqn, site.status) for site in report.sites] == [("up", "masked_dense"), ("down", "masked_dense")]
+    assert report.sites[0].shape[1:] == (12, 8)
+    reference = ste_reference(model, BOTH)
+    for inputs in (x, torch.randn(7, 3, 8)) if dynamic else (x,):
+        with torch.no_grad():
+            assert relative_error(run_it(inputs), reference(inputs)) < TOLERANCE[torch.float32]
+            assert relative_error(model(inputs), reference(inputs)) > 0.1
+
+
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64)], ids=str)
+@pytest.mark.parametrize("decomposed", [False, True], ids=["linear", "addmm"])
+def test_export_with_reference_kernels(decomposed: bool, shape: tuple[int, ...]) -> None:
+    model, x = Two(64, 128).bfloat16().eval(), torch.randn(*shape).bfloat16()
+    reference = ste_reference(model, BOTH)
+    program = torch.export.export(model, (x,))
+    if decomposed:
+        program = program.run_decompositions()
+    report, run_it = _module(program, {"up": CUSPARSELT, "down": CUSPARSELT})
+    assert [site.output for site in report.sites] == ["reference", "reference"]
+    with torch.no_grad():
+        assert relative_error(run_it(x), reference(x)) < TOLERANCE[torch.bfloat16]
+        assert relative_error(model(x), reference(x)) > 0.1
+
+
+def test_export_dynamic_with_reference_kernels() -> None:
+    model = Two(64, 128).bfloat16().eval()
+    reference = ste_reference(model, BOTH)
+    dims = ({0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2)},)
+    program = torch.export.export(model, (torch.randn(4, 3, 64).bfloat16(),), dynamic_shapes=dims)
+    report, run_it = _module(program, {"up": CUSPARSELT, "down": CUSPARSELT})
+    assert {site.status for site in report.sites} == {"sparse"}
+    for batch, length in ((4, 3), (2, 7)):
+        x = torch.randn(batch, length, 64).bfloat16()
+        with torch.no_grad():
+            assert relative_error(run_it(x), reference(x)) < TOLERANCE[torch.bfloat16]
+
+
+# Sizes that only the data knows
+
+
+class Routed(Two):
+    """Each half of the rows goes its way, as in a mixture of experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x[:, 0] > 0).nonzero().squeeze(1)
+        return torch.zeros_like(x).index_put((chosen,), super().forward(x[chosen]))
+
+
+def test_rows_counted_by_the_data() -> None:
+    x = leaf(6, 8)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compare(Routed(), BOTH, (x,))

@@ -1,0 +1,207 @@
+"""What the pass adds to compile time: of a cold compilation, as a model gets deeper, and on a warm start.
+
+    python benchmarks/pass_time.py              # on a CPU, a few minutes
+    python benchmarks/pass_time.py --device cuda
+
+The model is timm's ViT at a small width: compile time depends on the number of layers, hardly on their size. The
+linears of attention and MLP are named, four a layer. Seconds of wall time on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pandas as pd
+import timm
+import torch
+from measure import arguments
+from torch import nn
+from torch._inductor.utils import fresh_cache
+
+import sparse_pass as sp
+from sparse_pass import backend as backend_module
+from sparse_pass import graph_pass
+
+LINEARS = ["blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc1", "blocks.*.mlp.fc2"]
+DEPTHS = (12, 24, 48, 96)
+
+
+def vit(depth: int, device: str) -> tuple[nn.Module, torch.Tensor]:
+    """ViT of width 128 on 32x32 images in patches of 8, bfloat16."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=128, num_heads=2, depth=depth, num_classes=16
+    )
+    return model.to(device, torch.bfloat16), torch.randn(2, 3, 32, 32, device=device, dtype=torch.bfloat16)
+
+
+def schemes(device: str) -> dict[str, sp.WeightSparsity]:
+    """Both rewrites. On a CPU the op nodes have to be asked for."""
+    sparse = sp.WeightSparsity(backend="cusparselt" if device == "cpu" else "auto")
+    return {"masked_dense": sp.WeightSparsity(backend="masked_dense"), "sparse": sparse}
+
+
+class Clock:
+    """Seconds spent in functions, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def on(self, owner: Any, name: str) -> Iterator[None]:
+        original = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+        with mock.patch.object(owner, name, timed):
+            yield
+
+
+def first_step(compiled: Callable[..., torch.Tensor], x: torch.Tensor) -> float:
+    """Seconds of the first forward and backward less those of the second: what compiling took."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        compiled(x).float().sum().backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[0] - seconds[1]
+
+
+def cold(depth: int, device: str) -> pd.DataFrame:
+    """The pass in a cold compilation, with everything around it: names, cache keys, the copy for a warm start."""
+    first_step(torch.compile(nn.Linear(8, 8).to(device)), torch.randn(2, 8, device=device))  # imports, C++ probing
+    rows = []
+    for name, scheme in {"dense": None, **schemes(device)}.items():
+        torch._dynamo.reset()
+        model, x = vit(depth, device)
+        clock = Clock()
+        backend = sp.sparse_backend(dict.fromkeys(LINEARS, scheme), model=model)
+        with (
+            fresh_cache(),
+            clock.on(graph_pass, "rewrite_graph"),
+            clock.on(backend_module, "graph_names"),
+            clock.on(backend_module, "guard_region"),
+            clock.on(backend_module, "copy_graph"),
+            clock.on(sp.SparsePass, "uuid"),
+        ):
+            compiling = first_step(torch.compile(model, backend=backend), x)
+        rewriting = clock.seconds.pop("rewrite_graph")
+        rows.append(
+            {
+                "linears": name,
+                "rewritten": len(backend.report.sites),
+                "compile s": compiling,
+                "pass s": rewriting,
+                "pass %": 100 * rewriting / compiling,
+                "around it s": sum(clock.seconds.values()),
+                "all %": 100 * (rewriting + sum(clock.seconds.values())) / compiling,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def depths(device: str, rounds: int) -> pd.DataFrame:
+    """The pass alone, best of ``rounds``, on graphs captured without compiling them."""
+    rows = []
+    for name, scheme in schemes(device).items():
+        for depth in DEPTHS:
+            model, x = vit(depth, device)
+            best, sites = float("inf"), 0
+            for _ in range(rounds):
+                torch._dynamo.reset()
+                clock = Clock()
+                with clock.on(graph_pass, "rewrite_graph"):
+                    sites = len(sp.explain(model, dict.fromkeys(LINEARS, scheme))(x).sites)
+                best = min(best, clock.seconds["rewrite_graph"])
+            row = {"linears": name, "layers": depth, "rewritten": sites, "pass s": best}
+            rows.append({**row, "ms a linear": 1000 * best / sites})
+    return pd.DataFrame(rows)
+
+
+def warm(depth: int, device: str) -> pd.DataFrame:
+    """A start from warm caches: the pass is not called, and the report is made by tracing once more."""
+    config = dict.fromkeys(LINEARS, schemes(device)["sparse"])
+    model, x = vit(depth, device)
+    rows = []
+
+    def start(what: str, backend: Callable[..., Any]) -> None:
+        torch._dynamo.reset()
+        clock = Clock()
+        with clock.on(backend_module, "report_graph"):
+            seconds = first_step(torch.compile(model, backend=backend), x)
+        rows.append({"start": what, "compile s": seconds, "report s": clock.seconds.get("report_graph", 0.0)})
+
+    with fresh_cache():
+        start("cold", sp.sparse_backend(config, model=model))
+        start("warm", sp.sparse_backend(config, model=model))
+        with mock.patch.object(backend_module, "report_graph"):
+            start("warm, no report", sp.sparse_backend(config, model=model))
+        start("dense, cold", "inductor")
+        start("dense, warm", "inductor")
+    return pd.DataFrame(rows)
+
+
+def environment(device: str) -> dict[str, str]:
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "CPU": f"{_cpu()}, {torch.get_num_threads()} torch threads",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "Python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": f"python {shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}",
+    }
+
+
+def _cpu() -> str:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def save(tables: dict[str, tuple[str, pd.DataFrame]], device: str, out: Path) -> None:
+    """One CSV a table, one page for all."""
+    out.mkdir(parents=True, exist_ok=True)
+    facts = "\n".join(f"- {key}: {value}" for key, value in environment(device).items())
+    page = [f"# pass_time\n\n{__doc__.splitlines()[0]}\n\n{facts}"]
+    for name, (about, table) in tables.items():
+        table.to_csv(out / f"pass_time_{name}.csv", index=False)
+        page.append(f"## {name}\n\n{about}\n\n{table.to_markdown(index=False, floatfmt='.3g')}")
+    (out / "pass_time.md").write_text("\n\n".join(page) + "\n")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--layers", type=int, default=24, help="layers of the cold compilation")
+    parser.add_argument("--warm-layers", type=int, default=12, help="layers of the warm start")
+    parser.add_argument("--rounds", type=int, default=3, help="captures of each depth; the fastest pass counts")
+    args = parser.parse_args()
+    tables = {}
+    for name, about, table in (
+        ("cold", f"A cold compilation of {args.layers} layers.", lambda: cold(args.layers, args.device)),
+        ("depth", "The pass alone, by depth.", lambda: depths(args.device, args.rounds)),
+        ("warm", f"Compiling {args.warm_layers} layers from warm caches.", lambda: warm(args.warm_layers, args.device)),
+    ):
+        tables[name] = (about, table())
+        print(f"\n{name}: {about}\n{tables[name][1].to_string(index=False)}", flush=True)
+    save(tables, args.device, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""How the code stands: who imports whom, what is public, and what an import may do."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sparse_pass as sp
+
+PACKAGE = Path(sp.__file__).parent
+ROOT = PACKAGE.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Which module may import which, from the ways in down to the leaves (DESIGN.md part 3).
+ALLOWED = {
+    "__init__": "backend config explain graph_pass ops prune report rewrite_graph",
+    "explain": "backend capture config fqn graph_pass model_names report",
+    "backend": "capture config graph_pass model_names regions report rewrite_graph",
+    "capture": "graph_pass",
+    "regions": "config fqn model_names",
+    "graph_pass": "config fqn legal report rewrite_graph",
+    "rewrite_graph": "config find fqn gemms legal profit report rewriter",
+    "prune": "config fqn legal model_names ops report",
+    "model_names": "fqn legal",
+    "rewriter": "config gemms legal ops",
+    "profit": "gemms kernels",
+    "legal": "config gemms kernels",
+    "find": "backward fqn gemms",
+    "backward": "gemms",
+    "gemms": "",
+    "ops": "kernels reference",
+    "report": "config",
+    "fqn": "config",
+    "reference": "",
+    "config": "",
+    "kernels": "kernels",
+}
+
+CONTRACT = {
+    "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, backend='auto')",
+    "sparse_backend": "(config, *, model=None, inner='inductor', strict=False, tune='auto', **inductor_options)",
+    "SparsePass": "(config, *, strict=False, tune='auto')",
+    "inductor_options": "(config, options=None)",
+    "rewrite": "(graph_module, config)",
+    "explain": "(model, config)",
+    "mask24": "(weight, mask='optimal')",
+    "prune_": "(model, config)",
+}
+"""Names and signatures of DESIGN.md part 1."""
+RECORDS = {"Report", "Site"}
+"""What those return."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of one of our modules."""
+
+    source: str
+    target: str
+    at_import: bool
+    """Whether it runs when the source is imported, and not only in a function or for a type checker."""
+
+
+def layer(module: str) -> str:
+    """`kernels` for all modules of that folder, else the module itself."""
+    return module.partition(".")[0]
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {module_name(file) for file in FILES}
+
+
+def imports_of(file: Path) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    def walk(node: ast.AST, at_import: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.Import, ast.ImportFrom)):
+                yield child, at_import
+            lazy = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+                isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            )
+            yield from walk(child, at_import and not lazy)
+
+    yield from walk(ast.parse(file.read_text()), True)
+
+
+def our_imports(file: Path) -> Iterator[Import]:
+    source = module_name(file)
+    folder = ["sparse_pass", *source.split(".")[:-1]]
+    for node, at_import in imports_of(file):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            start = folder[: len(folder) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        for name in names:
+            head, _, path = name.partition(".")
+            if head == "sparse_pass":
+                yield Import(source, _module(path), at_import)
+
+
+def _module(path: str) -> str:
+    """The module that `sparse_pass.<path>` is in; `__init__` if it is none of the files."""
+    parts = path.split(".")
+    candidates = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    packages = [f"{candidate}.__init__" for candidate in candidates]
+    return next((one for one in (*candidates, *packages) if one in MODULES), "__init__")
+
+
+IMPORTS = [one for file in FILES for one in our_imports(file)]
+
+
+def test_every_module_has_its_place() -> None:
+    assert {layer(module) for module in MODULES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("source", sorted(ALLOWED))
+def test_layers(source: str) -> None:
+    allowed = set(ALLOWED[source].split())
+    found = {layer(one.target) for one in IMPORTS if layer(one.source) == source}
+    assert found <= allowed, f"{source} imports {sorted(found - allowed)}"
+
+
+def test_no_cycles() -> None:
+    """Of the diagram above, and of modules, imports in functions included."""
+    list(graphlib.TopologicalSorter({k: set(v.split()) - {k} for k, v in ALLOWED.items()}).static_order())
+    edges: dict[str, set[str]] = {module: set() for module in MODULES}
+    for one in IMPORTS:
+        edges[one.source].add(one.target)
+    list(graphlib.TopologicalSorter(edges).static_order())
+
+
+def test_nothing_imports_the_package_itself() -> None:
+    assert [one for one in IMPORTS if one.target == "__init__"] == []
+
+
+def test_kernels_are_imported_late() -> None:
+    """By functions that run on a GPU: triton and the CUDA libraries are no part of an import."""
+    early = [one for one in IMPORTS if layer(one.target) == "kernels" != layer(one.source) and one.at_import]
+    assert early == []
+
+
+def test_dependencies() -> None:
+    """The standard library and torch; triton in kernels only."""
+    found = set()
+    for file in FILES:
+        for node, _ in imports_of(file):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            if not getattr(node, "level", 0):
+                found.update((layer(module_name(file)), name.partition(".")[0]) for name in names)
+    foreign = {(layer, name) for layer, name in found if name not in sys.stdlib_module_names}
+    assert {name for _, name in foreign} <= {"torch", "triton"}
+    assert {layer for layer, name in foreign if name == "triton"} <= {"kernels"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_files_are_short(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 300
+
+
+# What is public
+
+
+def test_public_names() -> None:
+    """The contract's, in order, and no more."""
+    assert set(sp.__all__) == set(CONTRACT) | RECORDS
+    assert list(sp.__all__) == sorted(sp.__all__)
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_signatures(name: str) -> None:
+    signature = inspect.signature(getattr(sp, name))
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert str(inspect.Signature(bare)) == CONTRACT[name]
+
+
+@pytest.mark.parametrize("name", [*CONTRACT, *sorted(RECORDS)])
+def test_documented(name: str) -> None:
+    """Each public name says what it is and names its parameters; fields of records say what they hold."""
+    public: Any = getattr(sp, name)
+    text = inspect.getdoc(public) or ""
+    assert len(text) > 40
+    assert not text.startswith(f"{name}("), "that is the docstring which dataclass makes"
+    if name == "WeightSparsity":
+        # Field docstrings, which only the source has.
+        text += inspect.getsource(public)
+        (body,) = ast.parse(inspect.getsource(public)).body
+        after = zip(body.body, body.body[1:], strict=False)  # type: ignore[attr-defined]
+        bare = [node.target.id for node, doc in after if isinstance(node, ast.AnnAssign) and not _is_text(doc)]
+        assert bare == []
+    if name in CONTRACT:
+        for parameter in inspect.signature(public).parameters:
+            assert parameter in text, parameter
+    else:
+        for method, value in vars(public).items():
+            assert method.startswith("_") or not callable(value) or value.__doc__, method
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def test_public_names_are_in_the_api_page() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert [name for name in sp.__all__ if name not in page] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_every_module_says_what_it_is(file: Path) -> None:
+    assert ast.get_docstring(ast.parse(file.read_text()))
+
+
+def test_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+# What an import may do
+
+
+def imported(before: str, after: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys\n{before}\nimport sparse_pass\n{after}\nprint('done')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_import_without_triton() -> None:
+    """On a CPU-only torch there is none."""
+    done = imported(
+        "sys.modules['triton'] = None", "assert not [name for name in sys.modules if 'sparse_pass.kernels.' in name]"
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_import_leaves_cuda_alone() -> None:
+    """A context on every GPU would cost memory in every process; asking for devices breaks a later fork."""
+    done = imported(
+        "import torch\n"
+        "def refuse(*args): raise AssertionError('CUDA was asked for at import')\n"
+        "torch.cuda._lazy_init = torch.cuda.current_device = refuse\n"
+        "torch.cuda.get_device_capability = torch.cuda.get_device_properties = refuse\n"
+    )
+    assert done.stdout == "done\n", done.stderr
