@@ -78,6 +78,8 @@ def with_backward(
             grad_operand = _gradient_of_operand(gradient, linear, seq)  # type: ignore[arg-type]
             if grad_operand is None:
                 unplaced = unplaced or "grad_weight: not found in the graph; left as captured"
+        elif linear.weight.op == "call_function":
+            unplaced = unplaced or "grad_weight: that of a weight which the graph computes; left as captured"
     return replace(
         linear,
         grad_input=grad_input,

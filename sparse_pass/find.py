@@ -63,7 +63,13 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
 
 
 def _tell_apart(linears: list[Linear], parameters: Mapping[Node, tuple[str, ...]]) -> tuple[Linear, ...]:
-    """Mark the linears whose module name could mean another weight of the same module, such as a LoRA matrix."""
+    """Drop or mark the linears whose module name means, or could mean, another weight, as of a LoRA matrix.
+
+    A tensor without a name that a linear module multiplies by stands for the module's weight only if the
+    module multiplies by nothing else.
+    """
+    named = {name for one in linears if one.weight in parameters for name in one.names}
+    linears = [one for one in linears if one.weight in parameters or named.isdisjoint(one.names)]
     weights: dict[tuple[str, ...], set[Node]] = {}
     for one in linears:
         if one.weight not in parameters:

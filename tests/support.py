@@ -83,7 +83,7 @@ def ste_reference(model: nn.Module, config: Config) -> nn.Module:
     for name, scheme in named_parameters(model, config).items():
         owner, _, leaf = name.rpartition(".")
         parametrize.register_parametrization(reference.get_submodule(owner), leaf, StraightThrough(scheme))
-        weight = reference.get_submodule(owner).parametrizations[leaf].original
+        weight = getattr(reference.get_submodule(owner).parametrizations[leaf], "original", None)
         if scheme.decay and weight.requires_grad and id(weight) not in decayed:
             decayed.add(id(weight))
             weight.register_hook(lambda gradient, w=weight, s=scheme: gradient + decay_of(w, s))

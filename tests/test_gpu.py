@@ -22,12 +22,6 @@ DTYPES = [torch.bfloat16, torch.float16]
 MAX_ERROR_RATIO = 1.5
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     expected = expected.double()
     return ((actual.double() - expected).norm() / expected.norm()).item()
@@ -60,7 +54,7 @@ def test_linear_error_is_that_of_dense(dtype, mask, rows, k, n, bias):
     b64 = linear.bias.double() if bias else None
     exact = [F.linear(x64, w64, b64), g64 @ w64, g64.T @ x64]
 
-    backend = sp.sparse_backend({"weight": sp.WeightSparsity(mask=mask)}, model=linear)
+    backend = sp.sparse_backend({"weight": sp.WeightSparsity(mask=mask)}, model=linear, tune="off")
     out = torch.compile(linear, backend=backend)(x)
     out.backward(grad)
     site = backend.report.sites[0]
@@ -130,7 +124,7 @@ def _check_against_masked(model: nn.Module, run, x: torch.Tensor, dense_dtype: t
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
 def test_blocks(dtype, checkpointed, inner):
     model = nn.Sequential(*(Block(128, 512, checkpointed) for _ in range(2))).to("cuda", dtype)
-    backend = sp.sparse_backend(CONFIG, model=model, inner=inner)
+    backend = sp.sparse_backend(CONFIG, model=model, inner=inner, tune="off")
     run = torch.compile(model, backend=backend)
     _check_against_masked(model, run, torch.randn(4, 50, 128, device="cuda", dtype=dtype), dtype)
     sites = backend.report.sites
@@ -140,7 +134,7 @@ def test_blocks(dtype, checkpointed, inner):
 
 def test_dynamic_batch():
     model = nn.Sequential(Block(128, 256), Block(128, 256)).to("cuda", torch.bfloat16)
-    backend = sp.sparse_backend(CONFIG, model=model)
+    backend = sp.sparse_backend(CONFIG, model=model, tune="off")
     run = torch.compile(model, backend=backend, dynamic=True)
     for batch in (3, 16, 5, 33):
         _check_against_masked(
@@ -150,7 +144,7 @@ def test_dynamic_batch():
 
 def test_autocast_masks_the_stored_weight():
     model = nn.Sequential(Block(128, 256), Block(128, 256)).cuda()
-    backend = sp.sparse_backend(CONFIG, model=model)
+    backend = sp.sparse_backend(CONFIG, model=model, tune="off")
     compiled = torch.compile(model, backend=backend)
     reference = _masked_copy(model, torch.float32)
 
@@ -181,7 +175,7 @@ def test_reduce_overhead_trains():
     for mode in ("default", "reduce-overhead"):
         torch._dynamo.reset()
         model = copy.deepcopy(start)
-        run = torch.compile(model, backend=sp.sparse_backend(CONFIG, model=model), mode=mode)
+        run = torch.compile(model, backend=sp.sparse_backend(CONFIG, model=model, tune="off"), mode=mode)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses[mode] = []
         for _ in range(6):
@@ -213,13 +207,72 @@ def test_float32_and_odd_dims_go_masked_dense():
 
 def test_mask_follows_the_live_weight():
     linear = nn.Linear(128, 128, bias=False, device="cuda", dtype=torch.bfloat16)
-    run = torch.compile(linear, backend=sp.sparse_backend({"weight": sp.WeightSparsity()}, model=linear))
+    run = torch.compile(linear, backend=sp.sparse_backend({"weight": sp.WeightSparsity()}, model=linear, tune="off"))
     x = torch.randn(16, 128, device="cuda", dtype=torch.bfloat16)
     run(x)
     with torch.no_grad():
         linear.weight.copy_(torch.randn_like(linear.weight))
     expected = F.linear(x, masked(linear.weight.detach()))
     assert relative_error(run(x), expected) < 1e-2
+
+
+@pytest.fixture
+def tuning_folder(tmp_path, monkeypatch):
+    """Where timings go, empty, with nothing in memory either."""
+    from sparse_pass.kernels import timings, tuner
+
+    monkeypatch.setenv(timings.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(timings, "_KNOWN", {})
+    monkeypatch.setattr(tuner, "_CHOSEN", {})
+    timings.path.cache_clear()
+    yield tmp_path
+    timings.path.cache_clear()
+
+
+def test_tuning_measures_once_and_changes_nothing_but_speed(tuning_folder, monkeypatch):
+    from sparse_pass.kernels import timings, tuner
+
+    model = nn.Sequential(Block(1024, 4096)).to("cuda", torch.bfloat16)
+    x = torch.randn(8192, 1024, device="cuda", dtype=torch.bfloat16)
+    backend = sp.sparse_backend(CONFIG, model=model, tune="auto")
+    _check_against_masked(model, torch.compile(model, backend=backend), x, torch.bfloat16)
+    (file,) = tuning_folder.glob("*.json")
+    known = timings._read(file)
+    assert len(known) == 4  # two linears, output with bias and grad_input without
+    for site in backend.report.sites:
+        assert site.status == "sparse" or "measured slower" in site.reason
+
+    # A second process: nothing in memory, all on disk.
+    timings._KNOWN.clear()
+    tuner._CHOSEN.clear()
+    monkeypatch.setattr(tuner, "_measure", lambda problem: pytest.fail(f"measured {problem} again"))
+    torch._dynamo.reset()
+    again = sp.sparse_backend(CONFIG, model=model, tune="auto")
+    _check_against_masked(model, torch.compile(model, backend=again), x, torch.bfloat16)
+    assert [s.status for s in again.report.sites] == [s.status for s in backend.report.sites]
+
+
+def test_tuning_a_shape_that_loses_goes_masked_dense(tuning_folder):
+    model = nn.Sequential(Block(128, 128)).to("cuda", torch.bfloat16)
+    backend = sp.sparse_backend(CONFIG, model=model)
+    x = torch.randn(16, 128, device="cuda", dtype=torch.bfloat16)
+    _check_against_masked(model, torch.compile(model, backend=backend), x, torch.bfloat16)
+    for site in backend.report.sites:
+        assert (site.status == "masked_dense") == ("measured slower" in site.reason), str(backend.report)
+
+
+def test_tuning_with_dynamic_rows_measures_at_the_first_call(tuning_folder):
+    model = nn.Sequential(Block(128, 256)).to("cuda", torch.bfloat16)
+    backend = sp.sparse_backend(CONFIG, model=model)
+    run = torch.compile(model, backend=backend, dynamic=True)
+    for batch in (100, 120, 1000):
+        x = torch.randn(batch, 128, device="cuda", dtype=torch.bfloat16)
+        _check_against_masked(model, run, x, torch.bfloat16)
+    (file,) = tuning_folder.glob("*.json")
+    text = file.read_text()
+    assert "M=128 " in text
+    assert "M=1024 " in text
+    assert "M=104 " not in text  # a coarse grid, not every size
 
 
 def test_masks_agree_with_the_cpu():
@@ -234,6 +287,6 @@ def test_pruned_model_is_the_trained_function():
     config = {"0.fc1": sp.WeightSparsity(), "0.fc2": sp.WeightSparsity()}
     x = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        ours = torch.compile(model, backend=sp.sparse_backend(config, model=model))(x)
+        ours = torch.compile(model, backend=sp.sparse_backend(config, model=model, tune="off"))(x)
         sp.prune_(model, config)
         assert relative_error(ours, model(x)) < 1e-2

@@ -504,6 +504,13 @@ def test_parametrized_weight(parametrize: Callable[[nn.Module], Any], named: str
     compare(model, {"0": W24, "2": W24}, (features(2),), named=named)
 
 
+def test_gradient_of_a_parametrized_weight_stays_dense() -> None:
+    """Asked for another, the pass refuses."""
+    model = nn.Sequential(nn.Tanh(), parametrizations.weight_norm(nn.Linear(16, 32)))
+    with pytest.raises(Exception, match=r"'1'.*changes grad_weight, but .* a weight which the graph computes"):
+        compare(model, {"1": sp.WeightSparsity(grad_weight="masked")}, (features(2),), named=None)
+
+
 def test_functional_call() -> None:
     def entry(model: nn.Module) -> Callable[..., Any]:
         def call(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from support import (
     compare,
     errors,
     graph_facts,
+    original_name,
     relative_error,
     run,
     ste_reference,
@@ -359,8 +360,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("named", [True, False], ids=["model", "no_model"])
+@pytest.mark.parametrize("name", REFUSED)
 def test_exact_name_of_what_cannot_be_sparse(name: str, named: bool) -> None:
 
     def train(model: nn.Module) -> None:
@@ -440,6 +441,37 @@ def test_what_the_kernels_do_not_take() -> None:
         backend = sp.sparse_backend({"up": CUSPARSELT}, inner="aot_eager")
         torch.compile(model, backend=backend)(x)
         assert reason in backend.report.sites[0].reason
+
+
+# Transforms inside the compiled function
+
+
+def grad(model: nn.Module) -> Callable[[Tensor], list[Tensor]]:
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    def gradients(x: Tensor) -> list[Tensor]:
+        found = torch.func.grad(loss)(dict(model.named_parameters()), x)
+        return [found[name] for name in sorted(found, key=original_name)]
+
+    return gradients
+
+
+TRANSFORMS = {
+    "vmap": (lambda model: torch.func.vmap(model), BOTH),
+    "vmap of rank 3": (lambda model: torch.func.vmap(lambda x: model(x.expand(2, 8))), BOTH),
+    "jvp": (lambda model: lambda x: torch.func.jvp(model, (x,), (x.cos(),)), BOTH),
+    "grad": (grad, {"down": W24}),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transform(transform: str) -> None:
+    entry, config = TRANSFORMS[transform]
+    # A gradient inside the graph reads the weight of the second linear once more.
+    sites = {"jvp": 4, "grad": 2}.get(transform, 2)
+    x = leaf(5, 8).detach()
+    compare(Two(), config, (x,), entry=entry, sites=sites, backward=transform != "grad")
 
 
 # Exported graphs
