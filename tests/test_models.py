@@ -383,9 +383,7 @@ class Tied(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-@pytest.mark.parametrize(
-    ("name", "inner"), [("first", "aot_eager"), ("second", "aot_eager"), ("second", "inductor")]
-)
+@pytest.mark.parametrize(("name", "inner"), [("first", "aot_eager"), ("second", "aot_eager"), ("second", "inductor")])
 def test_tied_by_module(name: str, inner: str) -> None:
     """Of a shared weight only the named linear is sparse."""
     compare(Tied(), {name: W24}, (features(2),), inner=inner)
