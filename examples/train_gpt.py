@@ -276,6 +276,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sparse", nargs="+", default=list(LAYERS), metavar="PATTERN", help="layers to make sparse")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
+        "--inner",
+        choices=("inductor", "aot_eager"),
+        default="inductor",
+        help="compiler below the pass; aot_eager runs op by op and needs no C++ compiler",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
@@ -317,8 +323,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The whole difference between the two runs.
     config = dict.fromkeys(args.sparse, SCHEMES[args.scheme])
-    backend = sp.sparse_backend(config, model=sparse_model)
-    compiled_dense = torch.compile(dense_model)
+    backend = sp.sparse_backend(config, model=sparse_model, inner=args.inner)
+    compiled_dense = torch.compile(dense_model, backend=args.inner)
     compiled_sparse = torch.compile(sparse_model, backend=backend)
 
     runs = {"dense": train("dense", dense_model, compiled_dense, text, val_batches, args)}
@@ -327,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs["sparse"] = train("sparse", sparse_model, compiled_sparse, text, val_batches, args)
 
     # Back to dense: the parameters were dense all along, so any other way to run the model will do.
-    back_to_dense = torch.compile(sparse_model)
+    back_to_dense = torch.compile(sparse_model, backend=args.inner)
     pruned = copy.deepcopy(sparse_model)
     sp.prune_(pruned, config)
     after = {

@@ -98,6 +98,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument(
+        "--inner",
+        choices=("inductor", "aot_eager"),
+        default="inductor",
+        help="compiler below the pass; aot_eager runs op by op and needs no C++ compiler",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -114,8 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         r"re:blocks\..*|head": sp.WeightSparsity(),  # every linear of the blocks, and the head
         "blocks.0.attn.in_proj_weight": None,  # but not this one: exact names beat patterns
     }
-    backend = sp.sparse_backend(config, model=sparse_model)
-    dense, sparse = torch.compile(dense_model), torch.compile(sparse_model, backend=backend)
+    backend = sp.sparse_backend(config, model=sparse_model, inner=args.inner)
+    dense = torch.compile(dense_model, backend=args.inner)
+    sparse = torch.compile(sparse_model, backend=backend)
     results = {
         "dense": train("dense", dense_model, dense, data, args),
         "sparse": train("sparse", sparse_model, sparse, data, args),

@@ -49,6 +49,7 @@ class SparsePass(CustomGraphPass):
         self._names: dict[int, Names] = {}
         # How to report graphs that were shown and have not come by yet: they came from a compile cache.
         self._awaited: dict[Names, Callable[[SparsePass], None]] = {}
+        self._compiling: set[Names] = set()
         self._warned: set[str] = set()
 
     def __call__(self, graph: Graph) -> None:
@@ -74,19 +75,31 @@ class SparsePass(CustomGraphPass):
 
     @contextmanager
     def seeing(self, names: Names, retrace: Callable[[SparsePass], None] | None = None) -> Iterator[None]:
-        """`see` for the length of one compilation, after which a graph that did not come by is reported."""
+        """`see` for the length of one compilation.
+
+        A graph that did not come by is traced again: now, if a misspelt name may need a warning, else when the
+        report is asked for. Tracing takes longer than the rest of a warm start.
+        """
         self.see(names, retrace)
+        self._compiling.add(names)
         try:
             yield
-            self._catch_up()
-        finally:
+            self._compiling.discard(names)
+            if not names.checked:
+                self._catch_up()
+        except BaseException:
             self._awaited.pop(names, None)
+            raise
+        finally:
+            self._compiling.discard(names)
             self._names.pop(threading.get_ident(), None)
 
     def _catch_up(self) -> None:
         thread = threading.get_ident()
         current = self._names.get(thread)
-        for names, retrace in list(self._awaited.items()):
+        # Not what another thread is compiling at the moment: that will come by.
+        awaited = [(names, retrace) for names, retrace in list(self._awaited.items()) if names not in self._compiling]
+        for names, retrace in awaited:
             self._names[thread] = names
             retrace(self)
             self._awaited.pop(names, None)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# Compiling C++ for the two models would take half a minute each; the other examples and the README go through Inductor.
+OP_BY_OP = ("--inner", "aot_eager")
 TINY_GPT = "--layers 1 --dim 64 --heads 2 --context 32 --batch 4 --steps 6 --evals 2 --val-batches 1"
 
 Run = Callable[..., str]
@@ -30,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_train_gpt(run: Run, tmp_path: Path) -> None:
-    output = run("train_gpt.py", *TINY_GPT.split(), "--out", str(tmp_path))
+    output = run("train_gpt.py", *TINY_GPT.split(), *OP_BY_OP, "--out", str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
 
     for name in ("dense", "sparse"):
@@ -64,7 +66,7 @@ def test_train_gpt_lists_its_schemes(run: Run, capsys: pytest.CaptureFixture[str
 
 
 def test_train_vit(run: Run) -> None:
-    output = run("train_vit.py", "--epochs", "4", "--depth", "1")
+    output = run("train_vit.py", "--epochs", "4", "--depth", "1", *OP_BY_OP)
     head = next(line for line in output.splitlines() if line.startswith("head "))
     assert "skipped" in head
     assert "[10, 64]" in head
