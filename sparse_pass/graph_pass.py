@@ -103,8 +103,10 @@ class SparsePass(CustomGraphPass):
             self._names[thread] = names
             retrace(self)
             self._awaited.pop(names, None)
-        if current is not None:
+        if awaited and current is not None:
             self._names[thread] = current
+        elif awaited:
+            self._names.pop(thread, None)
 
     @property
     def report(self) -> Report:
