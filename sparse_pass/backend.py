@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -158,7 +159,7 @@ class SparseBackend:
         model = self._live_model()
         names = graph_names(graph_module, model)
         if model is not None:
-            guard_region(graph_module, model, self._pass.patterns)
+            names = replace(names, serves=guard_region(graph_module, model, self._pass.patterns))
         if self._inner == "aot_eager":
             _refuse_options(mode, given)
             with self._pass.seeing(names):

@@ -7,7 +7,7 @@ several share a weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,34 +59,76 @@ def gradient_outputs(graph: Graph) -> dict[Any, int] | None:
 
 
 def with_backward(
-    linear: Linear, sharing: list[Linear], reads: list[Use], grad_outputs: Mapping[Any, int] | None
+    linear: Linear,
+    calls: Sequence[Linear],
+    grad_input: Sequence[Use],
+    grad_outputs: Mapping[Any, int] | None,
+    lost: bool,
 ) -> Linear:
-    """Add the backward GEMMs. ``sharing`` are all calls of its weight, ``reads`` all backward GEMMs that read it."""
-    seq = linear.output.gemm.meta.get("seq_nr")
-    grad_input = tuple(use for use in reads if _belongs(use, linear, sharing))
-    unplaced = ""
-    gemms = [use for use in reads if weight_places(use.gemm)]
-    if any(not any(_belongs(use, one, sharing) for one in sharing) for use in gemms):
-        unplaced = "grad_input: a backward GEMM of the shared weight belongs to none of its calls; left dense"
-    index = grad_operand = None
+    """Add the backward GEMMs of one call.
+
+    Args:
+        calls: all calls of its weight, in graph order.
+        grad_input: the backward reads of the weight that `assign_reads` gave to this call.
+        lost: a backward GEMM that reads the weight was given to nobody.
+    """
+    unplaced = "grad_input: a backward GEMM of the weight belongs to none of its calls; left dense" if lost else ""
+    linear = replace(linear, grad_input=tuple(grad_input), unplaced=unplaced)
     if grad_outputs is None:
-        unplaced = unplaced or "grad_weight: the graph does not describe its outputs; left as captured"
-    else:
-        index = grad_outputs.get(linear.weight.meta.get("desc"))
-        if index is not None:
-            gradient = linear.weight.graph.output_node().args[0][index]  # type: ignore[index]
-            grad_operand = _gradient_of_operand(gradient, linear, seq)  # type: ignore[arg-type]
-            if grad_operand is None:
-                unplaced = unplaced or "grad_weight: not found in the graph; left as captured"
-        elif linear.weight.op == "call_function":
+        return replace(
+            linear, unplaced=unplaced or "grad_weight: the graph does not describe its outputs; left as captured"
+        )
+    index = grad_outputs.get(linear.weight.meta.get("desc"))
+    if index is None:
+        if linear.weight.op == "call_function":
             unplaced = unplaced or "grad_weight: that of a weight which the graph computes; left as captured"
-    return replace(
-        linear,
-        grad_input=grad_input,
-        grad_operand=grad_operand,
-        grad_output=index,
-        unplaced=unplaced,
-    )
+        return replace(linear, unplaced=unplaced)
+    gradient: Node = linear.weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
+    operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls}
+    # An op under no_grad carries the number of the op before it: of calls with one number the first has the gradient.
+    seq = linear.output.gemm.meta.get("seq_nr")
+    first = next(one.output.gemm for one in calls if one.output.gemm.meta.get("seq_nr") == seq)
+    operand = operands[linear.output.gemm] if first is linear.output.gemm else None
+    if operand is None and any(found is not None for found in operands.values()):
+        return linear  # a call without a gradient, beside one that has it
+    if operand is None:
+        unplaced = unplaced or "grad_weight: not found in the graph; left as captured"
+    return replace(linear, grad_operand=operand, grad_output=index, unplaced=unplaced)
+
+
+def assign_reads(
+    reads: Sequence[Use], calls: Sequence[Linear], others: Sequence[Use], order: Mapping[Node, int]
+) -> tuple[dict[Node, list[Use]], bool]:
+    """Give each backward read of a weight to the one forward GEMM whose gradient it computes.
+
+    A backward GEMM reads what the forward one read: the forward operand is in its chain. Where several
+    forward GEMMs read the very same node, the sequence number decides, and of equal numbers the first,
+    since an op under no_grad carries the number of the op before it.
+
+    Args:
+        calls: the linears of the weight. others: forward GEMMs that read it and are no linears.
+        order: place of each node in the graph.
+
+    Returns:
+        The reads of each linear's GEMM, and whether a GEMM was left over.
+    """
+    candidates = sorted([*(one.output for one in calls), *others], key=lambda use: order[use.gemm])
+    root = calls[0].weight
+    given: dict[Node, list[Use]] = {one.output.gemm: [] for one in calls}
+    lost = False
+    for read in reads:
+        seq = read.gemm.meta.get("seq_nr")
+        numbered = [use for use in candidates if seq is not None and use.gemm.meta.get("seq_nr") == seq]
+        if weight_places(read.gemm):
+            same = [use for use in candidates if use.operand in read.chain]
+            same = same or [use for use in candidates if use.operand is root] or candidates
+            found = [use for use in same if use in numbered] or (same if len(same) == 1 else numbered)
+            lost |= not found
+        else:
+            found = numbered  # not a GEMM: only its number says what it is
+        if found and found[0].gemm in given:
+            given[found[0].gemm].append(read)
+    return given, lost
 
 
 def backward_reads(node: Node) -> Iterator[tuple[Use, Node]]:
@@ -103,20 +145,9 @@ def backward_reads(node: Node) -> Iterator[tuple[Use, Node]]:
             yield Use(node, operand, chain), root
 
 
-def _belongs(use: Use, linear: Linear, sharing: list[Linear]) -> bool:
-    """Whether a backward node that reads the weight is the grad_input of this call."""
-    seq = use.gemm.meta.get("seq_nr")
-    if not weight_places(use.gemm):
-        return seq is not None and bool(linear.output.gemm.meta.get("seq_nr") == seq)
-    if len(sharing) == 1:
-        return True
-    if seq is not None and any(one.output.gemm.meta.get("seq_nr") == seq for one in sharing):
-        return bool(linear.output.gemm.meta.get("seq_nr") == seq)
-    return not set(linear.output.chain).isdisjoint(use.chain)
-
-
-def _gradient_of_operand(gradient: Node, linear: Linear, seq: int | None) -> Node | None:
+def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
     """Walk back from the weight's gradient to where this call's share of it leaves its GEMM."""
+    seq = linear.output.gemm.meta.get("seq_nr")
     if seq is None:
         return None
     shape = linear.output.operand.meta["val"].shape

@@ -49,7 +49,8 @@ class WeightSparsity:
 
     decay: float = 0.0
     """Masked decay of SR-STE (Zhou et al. 2021): adds ``decay * weight`` to the gradient of the weights
-    that the mask drops, once per use of the weight. 0 turns it off."""
+    that the mask drops, once per weight and compiled graph. It is part of the gradient: a loss scaler
+    scales it down with the rest, so multiply it by the scale or train in bfloat16. 0 turns it off."""
 
     backend: Backend = "auto"
     """``"auto"``: cuSPARSELt where it can run, else masked_dense. ``"cusparselt"``: the same, and on a CPU

@@ -67,7 +67,9 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # The objects and their values: a forward may write into a buffer or put another in its place.
+    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     try:
@@ -78,8 +80,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, implementation in compiled:
             module._compiled_call_impl = implementation
+        for table, objects in tables:
+            table.clear()
+            table.update(objects)
         with torch.no_grad():
-            for buffer, value in buffers:
+            for buffer, value in values:
                 buffer.copy_(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
-from .backward import backward_reads, gradient_outputs, tangent_dependent, with_backward
+from .backward import assign_reads, backward_reads, gradient_outputs, tangent_dependent, with_backward
 from .fqn import from_source, normalize
-from .gemms import Linear, Use, aten, operands, trace, weight_places
+from .gemms import Linear, Use, aten, is_move, operands, trace, weight_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,8 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
     backward = tangent_dependent(graph)
     forward: list[Linear] = []
     reads: dict[Node, list[Use]] = {}
-    # Sequence numbers of the GEMMs that read a weight and are no linears: their backward is not the linear's.
-    others: dict[Node, set[int | None]] = {}
+    # Forward GEMMs that read a weight and are no linears: their backward is not the linear's.
+    others: dict[Node, list[Use]] = {}
     has_stacks = False
     for node in graph.nodes:
         if node in backward:
@@ -46,19 +47,23 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
             if linear is not None:
                 forward.append(linear)
             else:
-                for _, root, _ in operands(node):
-                    others.setdefault(root, set()).add(node.meta.get("seq_nr"))
+                for use, root, _ in operands(node):
+                    others.setdefault(root, []).append(use)
     sharing: dict[Node, list[Linear]] = {}
     for linear in forward:
         sharing.setdefault(linear.weight, []).append(linear)
     if backward:
         grad_outputs = gradient_outputs(graph)
-        own = {
-            weight: [use for use in uses if use.gemm.meta.get("seq_nr") not in others.get(weight, ())]
-            for weight, uses in reads.items()
-            if weight in sharing
+        order = {node: place for place, node in enumerate(graph.nodes)}
+        given = {
+            weight: assign_reads(reads.get(weight, ()), calls, others.get(weight, ()), order)
+            for weight, calls in sharing.items()
         }
-        forward = [with_backward(one, sharing[one.weight], own.get(one.weight, []), grad_outputs) for one in forward]
+        forward = [
+            with_backward(one, sharing[one.weight], by_call[one.output.gemm], grad_outputs, lost)
+            for one in forward
+            for by_call, lost in [given[one.weight]]
+        ]
     return Found(_tell_apart(forward, parameters), has_stacks)
 
 
@@ -167,3 +172,22 @@ def _input_names(descriptor: Any, names_by_input: Mapping[int, tuple[str, ...]])
     if kind == "ParamAOTInput":
         return (normalize(descriptor.target),)
     return ()
+
+
+def other_readers(graph: Graph, parameter: Node) -> list[str]:
+    """Forward ops that read a parameter, directly or through moves: why a named weight may have no linear.
+
+    Looking up rows, as of an embedding that a linear shares, is not counted, nor are regions that are compiled by
+    themselves: those come to the pass as graphs of their own.
+    """
+    backward, pending, readers = tangent_dependent(graph), [parameter], []
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user in backward or user.op != "call_function":
+                continue
+            if is_move(user) or user.target is operator.getitem:
+                pending.append(user)
+            elif not any(word in str(user.target) for word in ("embedding", "invoke_subgraph")):
+                readers.append(str(user.target))
+    return list(dict.fromkeys(readers))

@@ -100,9 +100,9 @@ class SparsePass(CustomGraphPass):
         # Not what another thread is compiling at the moment: that will come by.
         awaited = [(names, retrace) for names, retrace in list(self._awaited.items()) if names not in self._compiling]
         for names, retrace in awaited:
+            self._awaited.pop(names, None)
             self._names[thread] = names
             retrace(self)
-            self._awaited.pop(names, None)
         if awaited and current is not None:
             self._names[thread] = current
         elif awaited:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 from torch.fx import GraphModule
@@ -74,14 +75,32 @@ def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> di
 
     Args:
         graph_module: as Dynamo hands it to a backend; its placeholders know where they came from.
-        model: makes names absolute where the graph is that of a part of the model.
+        model: makes names absolute where the graph is that of a part of the model. Parameters of other
+            models in the same graph have no names then: an empty tuple.
     """
     by_identity: dict[int, list[str]] = {}
     if model is not None:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             by_identity.setdefault(id(parameter), []).append(normalize(name))
     absolute = [name for names in by_identity.values() for name in names]
-    found = {}
+    parameters = list(_parameter_inputs(graph_module))
+    holders = {_holder(text) for _, text, example in parameters if id(example) in by_identity}
+    found: dict[int, tuple[str, ...]] = {}
+    for index, text, example in parameters:
+        path = from_source(text)
+        if id(example) in by_identity:
+            found[index] = tuple(by_identity[id(example)])
+        elif holders and _holder(text) not in holders:
+            found[index] = ()  # of another model, such as the teacher of this one
+        elif path:
+            # FSDP swaps parameters, so identity can fail where the path does not.
+            longer = tuple(name for name in absolute if name == path or name.endswith(f".{path}"))
+            found[index] = longer if len(longer) == 1 else (path,)
+    return found
+
+
+def _parameter_inputs(graph_module: GraphModule) -> Iterator[tuple[int, str, object]]:
+    """Position, source and value of the inputs that are parameters."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for index, node in enumerate(placeholders):
         source = getattr(node, "_dynamo_source", None)
@@ -90,14 +109,10 @@ def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> di
         text = source.name if isinstance(source.name, str) else source.name()
         argument = node.meta.get("grapharg")
         example = argument.example if argument is not None else None
-        if "_parameters[" not in text and not isinstance(example, nn.Parameter):
-            continue
-        if id(example) in by_identity:
-            found[index] = tuple(by_identity[id(example)])
-            continue
-        path = from_source(text)
-        # FSDP swaps parameters, so identity can fail where the path does not.
-        longer = tuple(name for name in absolute if name == path or name.endswith(f".{path}"))
-        if path:
-            found[index] = longer if len(longer) == 1 else (path,)
-    return found
+        if "_parameters[" in text or isinstance(example, nn.Parameter):
+            yield index, text, example
+
+
+def _holder(source: str) -> str:
+    """What holds the model that the parameter is of: ``L['self'].net``."""
+    return re.split(r"\._(?:modules|parameters)\[", source, maxsplit=1)[0]

@@ -19,28 +19,35 @@ from .fqn import Pattern, choose, from_source, normalize
 from .model_names import linear_weights
 
 
-def guard_region(graph_module: GraphModule, model: nn.Module, patterns: Sequence[Pattern]) -> None:
-    """Guard a graph that Dynamo captured from a part of ``model``; a no-op for the whole model."""
+def guard_region(graph_module: GraphModule, model: nn.Module, patterns: Sequence[Pattern]) -> tuple[str, ...]:
+    """Guard a graph that Dynamo captured from a part of ``model``; a no-op for the whole model.
+
+    Returns:
+        Names of the linears of the other parts that the graph may serve too.
+    """
     region = _root_module(graph_module)
     if region is None:
-        return
+        return ()
     source, path, example = region
     prefix = _prefix(model, path, example)
     if not prefix:
-        return
+        return ()
     weights = linear_weights(model)
     decisions = {name: choose(patterns, [name]) for name in weights}
     chosen = {name: pattern.scheme if pattern else None for name, pattern in decisions.items()}
     kind = type(model.get_submodule(prefix))
-    alike, other = set(), False
+    alike, served, other = set(), [], False
     for name, module in model.named_modules():
         if type(module) is kind:
             same = _below(normalize(name), chosen) == _below(normalize(prefix), chosen)
             other |= not same
             if same:
                 alike.add(id(module))
+            if same and name != prefix:
+                served += [known for known in weights if known.startswith(normalize(name) + ".")]
     if other:
         _add_guard(source, frozenset(alike), prefix)
+    return tuple(served)
 
 
 def _root_module(graph_module: GraphModule) -> tuple[Source, str, object] | None:

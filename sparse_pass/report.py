@@ -92,6 +92,9 @@ class Report:
 def merge(reports: Iterable[Report], patterns: Iterable[str]) -> Report:
     """One report for several graphs. ``patterns`` are all config keys, in order."""
     reports = list(reports)
+    if not reports:
+        note = "no graph was compiled yet, or Dynamo ran the model without capturing it"
+        return Report(unmatched=tuple(patterns), notes=(note,))
     nowhere = [pattern for pattern in patterns if all(pattern in r.unmatched for r in reports)]
     return Report(
         sites=tuple(site for report in reports for site in report.sites),

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch._logging._internal import trace_structured
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from .config import Config, Tune
-from .find import find_linears, parameter_nodes
+from .find import find_linears, other_readers, parameter_nodes
 from .fqn import Pattern, choose, parse_config
 from .gemms import Linear, Use
 from .legal import device_limits, why_not_sparse, why_skipped
@@ -31,6 +32,8 @@ class Names:
     """False where a graph break follows: what is not named here may be named in the next graph."""
     checked: bool = False
     """Whether the config was checked against the model: then an absent layer is no surprise."""
+    serves: tuple[str, ...] = ()
+    """Names of the linears of other parts of the model that run this very graph, as far as they are known."""
 
 
 def rewrite_graph(
@@ -50,23 +53,34 @@ def rewrite_graph(
         ValueError: an exactly named linear cannot be 2:4 sparse, or with ``strict`` any named one. The
             graph is untouched then.
     """
+    if names is not None and _is_branch(graph):
+        return _branch_report(graph, patterns)
     parameters = parameter_nodes(graph, names.by_input if names else {})
     found = find_linears(graph, parameters)
     chosen: list[tuple[Linear, Pattern]] = []
     matched: set[str] = set()
+    if names is not None and names.serves:
+        matched.update(pattern.text for pattern in patterns if any(pattern.names([name]) for name in names.serves))
     for linear in found.linears:
         matched.update(pattern.text for pattern in patterns if pattern.names(linear.names))
         pattern = choose(patterns, linear.names)
         if pattern is not None and pattern.scheme is not None:
             chosen.append((linear, pattern))
     _refuse(chosen, strict)
+    unread = _named_without_linear(graph, patterns, parameters, {linear.weight for linear in found.linears})
+    if unread and strict:
+        raise ValueError("sparse_pass cannot sparsify " + "; ".join(f"{one.fqn!r}: {one.reason}" for one in unread))
+    matched.update(site.pattern for site in unread)
     sites = []
     if chosen:
         rewriter = Rewriter(graph, _fake_mode(graph), tuned=tune == "auto")
         sites = [_rewrite_linear(rewriter, linear, pattern, tune) for linear, pattern in chosen]
         rewriter.clean(linear for linear, _ in chosen)
         graph.lint()
+    sites += unread
     notes = []
+    if names is not None and names.serves and chosen:
+        notes.append(f"the graph of {chosen[0][0].names[0]} also serves parts that the config treats alike")
     if names is None and not parameters:
         notes.append("parameter names are not visible to a pass that sees the ATen graph only: linears are known"
                      " by their modules; use sparse_backend or inductor_options to name parameters")  # fmt: skip
@@ -80,6 +94,56 @@ def rewrite_graph(
     )
     _log(report)
     return report
+
+
+def _named_without_linear(
+    graph: Graph, patterns: Sequence[Pattern], parameters: Mapping[Node, tuple[str, ...]], found: set[Node]
+) -> list[Site]:
+    """Named 2-D weights that the graph reads, but by no matmul that could be found: fused ops, products, branches."""
+    sites = []
+    for node, names in parameters.items():
+        value = node.meta.get("val")
+        if node in found or not isinstance(value, torch.Tensor) or value.dim() != 2:
+            continue
+        owners = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        known = tuple(dict.fromkeys([*owners, *names]))
+        pattern = choose(patterns, known)
+        readers = other_readers(graph, node) if pattern is not None and pattern.scheme is not None else []
+        if readers:
+            assert pattern is not None
+            assert pattern.scheme is not None
+            n, k = value.shape
+            reason = f"no matmul of this weight was found: it is read by {', '.join(readers)}"
+            sites.append(
+                Site(
+                    fqn=known[0],
+                    pattern=pattern.text,
+                    scheme=pattern.scheme,
+                    shape=("-", n, k),
+                    dtype=value.dtype,
+                    status="skipped",
+                    reason=reason,
+                )
+            )
+    return sites
+
+
+def _is_branch(graph: Graph) -> bool:
+    """Whether this is a graph inside another, such as a branch of torch.cond, whose backward is elsewhere.
+
+    AOTAutograd describes the inputs of the outer graph, and a joint graph has tangents.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    return bool(inputs) and not any("desc" in node.meta or str(node.target).startswith("tangents") for node in inputs)
+
+
+def _branch_report(graph: Graph, patterns: Sequence[Pattern]) -> Report:
+    linears = find_linears(graph, {}).linears
+    named = [linear.names[0] for linear in linears if (p := choose(patterns, linear.names)) is not None and p.scheme]
+    notes = [f"{', '.join(named)}: left dense inside a branch (torch.cond and the like)"] if named else []
+    for note in notes:
+        log.warning("%s", note)
+    return Report(unmatched=tuple(pattern.text for pattern in patterns), notes=tuple(notes))
 
 
 def _refuse(chosen: Sequence[tuple[Linear, Pattern]], strict: bool) -> None:

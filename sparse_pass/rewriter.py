@@ -53,6 +53,8 @@ class Rewriter:
         self._tuned = tuned
         self._mode = mode
         self._made: dict[Any, Node] = {}
+        self._order = {node: place for place, node in enumerate(graph.nodes)}
+        self._anchors: dict[Node, Node] = {}
 
     def rewrite(self, linear: Linear, scheme: Scheme, sparse: Iterable[Use], masked: Iterable[Use]) -> None:
         """Rewrite one call of a linear.
@@ -62,6 +64,7 @@ class Rewriter:
             masked: its GEMMs that read the masked weight instead.
         """
         before, weight = linear.output.gemm, linear.weight
+        self._anchor = self._anchors.setdefault(weight, before)
         sparse, masked = tuple(sparse), tuple(masked)
         mask_gradient = scheme.grad_weight == "masked" and linear.grad_operand is not None
         decay = scheme.decay > 0 and linear.grad_output is not None
@@ -71,11 +74,11 @@ class Rewriter:
         if masked:
             assert mask is not None
             kept = self._masked(weight, mask, before)
-            self._replay(linear.output.chain, weight, kept, before)
+            self._replay(linear.output.chain, weight, kept)
         if mask_gradient:
             assert mask is not None
             # The mask takes the weight's way to the operand; casts would turn it into numbers.
-            mask_of_operand = self._replay(linear.output.chain, weight, mask, before, skip=_CASTS)
+            mask_of_operand = self._replay(linear.output.chain, weight, mask, skip=_CASTS)
             self._mask_gradient(linear, mask_of_operand)
         if decay:
             assert mask is not None
@@ -86,7 +89,7 @@ class Rewriter:
             self._packed(weight, scheme, use.operand.meta["val"].dtype, before)
         for use in masked:
             assert kept is not None
-            operand = self._replay(use.chain, weight, kept, use.gemm)
+            operand = self._replay(use.chain, weight, kept)
             use.gemm.replace_input_with(use.operand, operand)
         for use in sparse:
             self._sparse(weight, scheme, use)
@@ -196,21 +199,18 @@ class Rewriter:
         self._made["decay", weight] = values[grad_output]
         output.args = (values if isinstance(output.args[0], list) else tuple(values),)
 
-    def _replay(
-        self,
-        chain: tuple[Node, ...],
-        old: Node,
-        new: Node,
-        before: Node,
-        skip: frozenset[Any] = frozenset(),
-    ) -> Node:
+    def _replay(self, chain: tuple[Node, ...], old: Node, new: Node, skip: frozenset[Any] = frozenset()) -> Node:
         """Run the moves of ``chain``, which made an operand of ``old``, on ``new``."""
         for node in chain:
             if node.target not in skip:
                 if (node, new) not in self._made:
                     source, target = old, new
                     args, kwargs = map_arg((node.args, node.kwargs), lambda n: target if n is source else n)  # noqa: B023
-                    self._made[node, new] = self._call_before(before, node.target, args, kwargs, like=node)
+                    # Beside the original, where that stands after what is derived from the weight, else beside
+                    # what is moved: either way before all that reads the original.
+                    late = self._order.get(node, -1) > self._order[self._anchor]
+                    at = node.next if late else target.next
+                    self._made[node, new] = self._call_before(at, node.target, args, kwargs, like=node)
                 new = self._made[node, new]
             old = node
         return new

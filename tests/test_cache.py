@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -175,17 +177,38 @@ def test_ways_share_no_entry_by_accident() -> None:
     assert torch.equal(start(torch.compile(module), sp.Report, batch()).results[0], dense.results[0])
 
 
-def test_report_is_read_late(calls: Calls) -> None:
-    """`inductor_options` reports on demand; reading twice adds nothing."""
+def via_backend_with_model(module: nn.Module, config: Mapping[str, Any]) -> tuple[Any, Callable[[], sp.Report]]:
+    return via_backend(module, config, model=module)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(via_backend_with_model, id="backend_model"), pytest.param(via_options, id="options", marks=OLD_KEYS)],
+)
+def test_report_is_made_late(way: Callable[..., Any], calls: Calls) -> None:
+    """Where no warning can be due, a warm start does not wait for the report; reading it twice adds nothing."""
     module = model()
-    options = sp.inductor_options({"0": SPARSE})
-    start(torch.compile(module, options=options), sp.Report, batch())
-    again = sp.inductor_options({"0": SPARSE})
-    start(torch.compile(module, options=again), sp.Report, batch())
-    first = again["joint_custom_pre_pass"].report
-    rewrites = calls.rewrites
-    assert first == options["joint_custom_pre_pass"].report == again["joint_custom_pre_pass"].report
-    assert calls.rewrites == rewrites
+    compiled, cold_report = way(module, {"0": SPARSE})
+    start(compiled, sp.Report, batch())
+    compiled, warm_report = way(module, {"0": SPARSE})
+    assert start(compiled, sp.Report, batch()).hits == 1
+    assert (calls.rewrites, calls.retraces) == (1, 0)
+    assert warm_report() == cold_report() == warm_report()
+    assert (calls.rewrites, calls.retraces) == (2, 1)
+
+
+def test_report_that_is_never_read_keeps_no_parameters() -> None:
+    """What waits to be traced again holds the graph, not the model."""
+    for _ in range(2):
+        module = model()
+        options = sp.inductor_options({"0": SPARSE})
+        start(torch.compile(module, options=options), sp.Report, batch())
+    weight = weakref.ref(module[0].weight)
+    del module
+    torch._dynamo.reset()
+    gc.collect()
+    assert weight() is None
+    assert [site.fqn for site in options["joint_custom_pre_pass"].report.sites] == ["0"]
 
 
 # What else a warm start must tell
