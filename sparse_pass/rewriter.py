@@ -54,7 +54,8 @@ class Rewriter:
         self._mode = mode
         self._made: dict[Any, Node] = {}
         self._order = {node: place for place, node in enumerate(graph.nodes)}
-        self._anchors: dict[Node, Node] = {}
+        # Before which place of the original graph a mask or masked weight was made.
+        self._made_at: dict[Node, int] = {}
 
     def rewrite(self, linear: Linear, scheme: Scheme, sparse: Iterable[Use], masked: Iterable[Use]) -> None:
         """Rewrite one call of a linear.
@@ -64,7 +65,6 @@ class Rewriter:
             masked: its GEMMs that read the masked weight instead.
         """
         before, weight = linear.output.gemm, linear.weight
-        self._anchor = self._anchors.setdefault(weight, before)
         sparse, masked = tuple(sparse), tuple(masked)
         mask_gradient = scheme.grad_weight == "masked" and linear.grad_operand is not None
         decay = scheme.decay > 0 and linear.grad_output is not None
@@ -102,18 +102,21 @@ class Rewriter:
                 self.graph.erase_node(node)
 
     def _mask(self, weight: Node, scheme: Scheme, before: Node) -> Node:
-        return self._once(
+        mask = self._once(
             ("mask", weight, scheme.mask),
             lambda: self._call_before(before, sparse_ops.mask24.default, (weight, scheme.mask)),
         )
+        self._made_at.setdefault(mask, self._order[before])
+        return mask
 
     def _masked(self, weight: Node, mask: Node, before: Node) -> Node:
         def make() -> Node:
             zero = self._zero(weight, before, like=before)
-            laid_out = self._laid_out(mask, weight, before, like=before)
-            return self._call_before(before, aten.where.self, (laid_out, weight, zero))
+            return self._call_before(before, aten.where.self, (mask, weight, zero))
 
-        return self._once(("masked", mask), make)
+        masked = self._once(("masked", mask), make)
+        self._made_at.setdefault(masked, self._order[before])
+        return masked
 
     def _laid_out(self, mask: Node, value: Node, before: Node, *, like: Node) -> Node:
         """The mask in the memory order of ``value``.
@@ -201,6 +204,7 @@ class Rewriter:
 
     def _replay(self, chain: tuple[Node, ...], old: Node, new: Node, skip: frozenset[Any] = frozenset()) -> Node:
         """Run the moves of ``chain``, which made an operand of ``old``, on ``new``."""
+        made_at = self._made_at[new]
         for node in chain:
             if node.target not in skip:
                 if (node, new) not in self._made:
@@ -208,7 +212,7 @@ class Rewriter:
                     args, kwargs = map_arg((node.args, node.kwargs), lambda n: target if n is source else n)  # noqa: B023
                     # Beside the original, where that stands after what is derived from the weight, else beside
                     # what is moved: either way before all that reads the original.
-                    late = self._order.get(node, -1) > self._order[self._anchor]
+                    late = self._order[node] > made_at
                     at = node.next if late else target.next
                     self._made[node, new] = self._call_before(at, node.target, args, kwargs, like=node)
                 new = self._made[node, new]

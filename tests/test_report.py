@@ -120,9 +120,9 @@ def test_merge() -> None:
 
 
 def test_merge_of_nothing() -> None:
-    """Before anything was compiled nobody knows what a pattern names; a note says so."""
+    """Before anything was compiled no pattern has been found; a note says why."""
     report = sp.sparse_backend({"b": W24, "a": W24}).report
-    assert (report.sites, report.unmatched, report.graphs) == ((), (), 0)
+    assert (report.sites, report.unmatched, report.graphs) == ((), ("b", "a"), 0)
     assert report.notes[0].startswith("no graph was compiled yet")
 
 
