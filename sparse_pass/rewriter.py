@@ -112,7 +112,8 @@ class Rewriter:
     def _masked(self, weight: Node, mask: Node, before: Node) -> Node:
         def make() -> Node:
             zero = self._zero(weight, before, like=before)
-            return self._call_before(before, aten.where.self, (mask, weight, zero))
+            laid_out = self._laid_out(mask, weight, before, like=before)
+            return self._call_before(before, aten.where.self, (laid_out, weight, zero))
 
         masked = self._once(("masked", mask), make)
         self._made_at.setdefault(masked, self._order[before])

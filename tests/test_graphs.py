@@ -477,17 +477,17 @@ def test_grad_weight_masked() -> None:
         """\
 sin = aten.sin(primals_1)
 mask24 = sparse_pass.mask24(primals_2, 'optimal')  # up
+permute = aten.permute(mask24, [1, 0])  # up
 full = aten.full(0)  # up
 where = aten.where(mask24, primals_2, full)  # up
-permute = aten.permute(where, [1, 0])  # up
-permute_1 = aten.permute(mask24, [1, 0])  # up
-mm = aten.mm(sin, permute)  # up
+permute_1 = aten.permute(where, [1, 0])  # up
+mm = aten.mm(sin, permute_1)  # up
 permute_2 = aten.permute(tangents_1, [1, 0])  # up, backward
 mm_1 = aten.mm(permute_2, sin)  # up, backward
 permute_3 = aten.permute(mm_1, [1, 0])  # up, backward
 full_1 = aten.full(0)  # up, backward
-where_1 = aten.where(permute_1, permute_3, full_1)  # up, backward
-permute_4 = aten.permute(permute, [1, 0])  # up, backward
+where_1 = aten.where(permute, permute_3, full_1)  # up, backward
+permute_4 = aten.permute(permute_1, [1, 0])  # up, backward
 mm_2 = aten.mm(tangents_1, permute_4)  # up, backward
 permute_5 = aten.permute(where_1, [1, 0])  # up, backward
 cos = aten.cos(primals_1)  # backward
