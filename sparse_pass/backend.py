@@ -60,6 +60,12 @@ class _SeeGraph(CustomGraphPass):
     def uuid(self) -> str:
         return "sparse_pass"  # reads only
 
+    def __getstate__(self) -> dict[str, object]:
+        return {}  # torch 2.11 pickles this pass into the keys of its caches
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SeeGraph:
+        return self  # configs of Inductor are copied
+
 
 class _Retrace:
     """Reports a graph whose compiled form came from a cache: with equal ids the pass was not called.
@@ -146,6 +152,7 @@ class SparseBackend:
         self._model = None if model is None else weakref.ref(model)
         self._inner = inner
         self._options = options
+        self._inductor: torch._TorchCompileInductorWrapper | None = None
 
     def __call__(
         self,
@@ -165,7 +172,15 @@ class SparseBackend:
             with self._pass.seeing(names):
                 return compile_aot_eager(graph_module, inputs, self._pass)
         with self._pass.seeing(names, _Retrace(graph_module)):
-            return _compile_inductor(graph_module, inputs, mode, _with_pass(self._pass, given, see_graph=False))
+            # What torch.compile(mode=..., options=...) would make of them, its errors included.
+            options = _with_pass(self._pass, given, see_graph=False)
+            self._inductor = torch._TorchCompileInductorWrapper(mode, options, None)
+            return self._inductor(graph_module, inputs)  # type: ignore[no-any-return]
+
+    def reset(self) -> None:
+        """Called by torch.compile: let go of recorded CUDA graphs, as its own backend does."""
+        if self._inductor is not None:
+            self._inductor.reset()
 
     def _live_model(self) -> nn.Module | None:
         if self._model is None:
@@ -186,14 +201,6 @@ class SparseBackend:
 def _refuse_options(mode: str | None, options: Mapping[str, Any]) -> None:
     if mode or options:
         raise ValueError(f"inner='aot_eager' takes no mode or Inductor options, got mode={mode!r}, options={options!r}")
-
-
-def _compile_inductor(
-    graph_module: GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any]
-) -> Callable[..., Any]:
-    # What torch.compile(mode=..., options=...) would make of them, its errors included.
-    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)
-    return wrapper(graph_module, inputs)  # type: ignore[no-any-return]
 
 
 def sparse_backend(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
 from .backend import graph_names
@@ -38,17 +39,30 @@ def explain(model: nn.Module, config: Config) -> Callable[..., Report]:
     Raises:
         ValueError: bad config; from the returned function, an exactly named linear that cannot be 2:4 sparse.
     """
-    sparse_pass = SparsePass(config)
+    SparsePass(config)  # raises now for a bad config
     model = getattr(model, "_orig_mod", model)
 
     def run(*args: Any, **kwargs: Any) -> Report:
+        sparse_pass = SparsePass(config)
+        refused: list[ValueError] = []
+
         def report_only(graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             with sparse_pass.seeing(replace(graph_names(graph_module, model), checked=True)):
-                report_graph(copy_graph(graph_module), sparse_pass)
+                try:
+                    report_graph(copy_graph(graph_module), sparse_pass)
+                except ValueError as error:
+                    refused.append(error)
+                    raise
             return graph_module.forward
 
-        with _untouched(model):
-            torch.compile(_fresh(_call), backend=report_only)(model, args, kwargs)
+        # Sizes of one call are no reason to make those of the next one dynamic.
+        with _untouched(model), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            try:
+                torch.compile(_fresh(_call), backend=report_only)(model, args, kwargs)
+            except BackendCompilerFailed:
+                if refused:
+                    raise refused[0] from None
+                raise
         report = sparse_pass.report
         return replace(report, notes=report.notes + _suggestions(model, report.unmatched))
 

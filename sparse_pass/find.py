@@ -17,10 +17,10 @@ from .gemms import Linear, Use, aten, is_move, operands, trace, weight_places
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What `find_linears` learned: the linears, and whether module names were there to be read."""
+    """What `find_linears` learned: the linears, and whether there were matmuls without any module name."""
 
     linears: tuple[Linear, ...]
-    has_stacks: bool
+    nameless: bool
 
 
 def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Found:
@@ -28,21 +28,22 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
 
     Args:
         graph: functional ATen graph.
-        parameters: names of the placeholders (or get_attr nodes) known to be parameters. Placeholders
-            that are not in it count as weights only where a linear module reads them.
+        parameters: names of the placeholders (or get_attr nodes) known to be parameters; none for parameters
+            known to be of another model. Placeholders that are not in it count as weights only where a
+            linear module reads them.
     """
     backward = tangent_dependent(graph)
     forward: list[Linear] = []
     reads: dict[Node, list[Use]] = {}
     # Forward GEMMs that read a weight and are no linears: their backward is not the linear's.
     others: dict[Node, list[Use]] = {}
-    has_stacks = False
+    stacks: set[bool] = set()
     for node in graph.nodes:
         if node in backward:
             for use, root in backward_reads(node):
                 reads.setdefault(root, []).append(use)
         elif weight_places(node):
-            has_stacks |= bool(node.meta.get("nn_module_stack"))
+            stacks.add(bool(node.meta.get("nn_module_stack")))
             linear = _forward_linear(node, parameters)
             if linear is not None:
                 forward.append(linear)
@@ -64,7 +65,7 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
             for one in forward
             for by_call, lost in [given[one.weight]]
         ]
-    return Found(_tell_apart(forward, parameters), has_stacks)
+    return Found(_tell_apart(forward, parameters), stacks == {False})
 
 
 def _tell_apart(linears: list[Linear], parameters: Mapping[Node, tuple[str, ...]]) -> tuple[Linear, ...]:
@@ -96,13 +97,15 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
     module, kind = (from_source(stack[-1][0]), stack[-1][1]) if stack else ("", None)
     in_linear = _is_linear_module(kind)
     for use, root, layout in operands(gemm):
-        known = parameters.get(root, ())
+        known = parameters.get(root)
         canonical = use.operand is gemm.args[weight_places(gemm)[0][0]]
-        if known:
-            names = _names(known, module, in_linear)
+        if known is not None:
+            names = _names(known, module, in_linear) if known else ()
         elif in_linear and module and canonical:
             names = (module,)
         else:
+            continue
+        if not names:
             continue
         if root.target is aten.where.self and str(getattr(root.args[0], "target", "")).startswith("sparse_pass."):
             return None  # an earlier pass has masked this weight
@@ -158,20 +161,20 @@ def parameter_nodes(graph: Graph, names_by_input: Mapping[int, tuple[str, ...]])
             found[node] = (normalize(node.target),)
         elif node.op == "placeholder":
             names = _input_names(node.meta.get("desc"), names_by_input)
-            if names:
+            if names is not None:
                 found[node] = names
     return found
 
 
-def _input_names(descriptor: Any, names_by_input: Mapping[int, tuple[str, ...]]) -> tuple[str, ...]:
+def _input_names(descriptor: Any, names_by_input: Mapping[int, tuple[str, ...]]) -> tuple[str, ...] | None:
     while hasattr(descriptor, "base"):  # an inner tensor of a subclass such as DTensor
         descriptor = descriptor.base
     kind = type(descriptor).__name__
     if kind == "PlainAOTInput":
-        return names_by_input.get(descriptor.idx, ())
+        return names_by_input.get(descriptor.idx)
     if kind == "ParamAOTInput":
         return (normalize(descriptor.target),)
-    return ()
+    return None
 
 
 def other_readers(graph: Graph, parameter: Node) -> list[str]:

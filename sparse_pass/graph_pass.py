@@ -56,8 +56,10 @@ class SparsePass(CustomGraphPass):
         names = self._names.get(threading.get_ident())
         if names is not None:
             self._awaited.pop(names, None)
-        self._reports.append(rewrite_graph(graph, self.patterns, names, strict=self.strict, tune=self.tune))
-        if names is None or (names.last_graph and not names.checked):
+        report = rewrite_graph(graph, self.patterns, names, strict=self.strict, tune=self.tune)
+        self._reports.append(report)
+        # A branch inside a graph comes before that graph.
+        if report.graphs and (names is None or (names.last_graph and not names.checked)):
             self._warn_unmatched(names)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparsePass:

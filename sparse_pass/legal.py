@@ -113,9 +113,9 @@ def _why_no_call(use: Use) -> str | None:
         return "the weight is the left operand of the matmul"
     if any(factor != 1 for factor in gemm.kwargs.values()):
         return f"addmm with {dict(gemm.kwargs)} has no sparse kernel"
-    if any(node.target not in _KEEPS and not _is_flip(node) for node in use.chain):
-        moves = ", ".join(str(node.target) for node in use.chain if node.target not in _KEEPS)
-        return f"the GEMM reads the weight through {moves}"
+    others = [str(node.target) for node in use.chain if node.target not in _KEEPS and not _is_flip(node)]
+    if others:
+        return f"the GEMM reads the weight through {', '.join(others)}"
     return None
 
 

@@ -12,24 +12,25 @@ from .fqn import Pattern, choose, from_source, nearest, normalize
 from .legal import why_shape_skipped
 
 
-def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def linear_weights(model: nn.Module) -> dict[str, nn.Parameter | None]:
     """Every name by which a config may call a 2-D weight: parameter names, and module names of ``*.weight``.
 
-    Embedding tables are no linear weights, unless a linear shares them. Names are in normal form.
+    The value is None where a linear module computes its weight, as parametrizations do. Tables of embeddings
+    are no linear weights, unless a linear shares them, nor are the weights of ``nn.LSTM`` and its like, which
+    Dynamo does not capture. Names are in normal form.
     """
-    embeddings = {
-        f"{name}.weight" if name else "weight"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    }
-    weights: dict[str, nn.Parameter] = {}
-    for raw, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.dim() != 2 or raw in embeddings:
+    weights: dict[str, nn.Parameter | None] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase)):
             continue
-        weights[normalize(raw)] = parameter
-        owner, _, leaf = raw.rpartition(".")
-        if leaf == "weight" and normalize(owner):
-            weights[normalize(owner)] = parameter
+        if isinstance(module, nn.Linear) and "weight" not in module._parameters and normalize(name):
+            weights[normalize(name)] = None
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or parameter.dim() != 2:
+                continue
+            weights[normalize(f"{name}.{leaf}" if name else leaf)] = parameter
+            if leaf == "weight" and normalize(name):
+                weights[normalize(name)] = parameter
     return weights
 
 
@@ -44,23 +45,35 @@ def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
     for pattern in patterns:
         named = [name for name in weights if pattern.names([name])]
         if not named:
+            for raw, parameter in model.named_parameters(remove_duplicate=False):
+                if (
+                    parameter.dim() > 2
+                    and pattern.exact
+                    and pattern.names([normalize(raw), normalize(raw.removesuffix(".weight"))])
+                ):
+                    shape = list(parameter.shape)
+                    raise ValueError(
+                        f"{pattern.text!r} is no linear weight of {type(model).__name__}: its shape is {shape}, and"
+                        " 2:4 masks are defined for 2-D weights of linear layers"
+                    )
             close = nearest(pattern.text.removeprefix("re:"), weights)
             known = ", ".join(map(repr, close)) if close else f"none; the model has {len(weights)} linear weights"
             raise ValueError(
                 f"{pattern.text!r} names no linear weight of {type(model).__name__}; closest names: {known}"
             )
-        if pattern.exact and pattern.scheme is not None:
-            reason = why_shape_skipped(weights[named[0]].shape)
+        weight = weights[named[0]]
+        if pattern.exact and pattern.scheme is not None and weight is not None:
+            reason = why_shape_skipped(weight.shape)
             if reason:
                 raise ValueError(f"{pattern.text!r} cannot be sparsified: {reason}")
 
 
-def chosen_weights(model: nn.Module, patterns: Sequence[Pattern]) -> list[tuple[str, nn.Parameter, Pattern]]:
+def chosen_weights(model: nn.Module, patterns: Sequence[Pattern]) -> list[tuple[str, nn.Parameter | None, Pattern]]:
     """The weights that the patterns choose, each once, under its best name (a module's before a parameter's)."""
-    names: dict[int, list[str]] = {}
+    names: dict[object, list[str]] = {}
     weights = linear_weights(model)
     for name, parameter in weights.items():
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(name if parameter is None else id(parameter), []).append(name)
     found = []
     for known in names.values():
         known.sort(key=lambda name: name.endswith("weight"))

@@ -28,7 +28,8 @@ def prune_(model: nn.Module, config: Config) -> Report:
 
     Raises:
         ValueError: a name that names no linear weight, an exactly named weight that cannot be 2:4
-            sparse, or a weight without data (meta device). Nothing is written then.
+            sparse, a weight without data (meta device) or one that a parametrization computes. Nothing is
+            written then.
     """
     patterns = parse_config(config)
     check_names(model, patterns)
@@ -36,6 +37,11 @@ def prune_(model: nn.Module, config: Config) -> Report:
     for name, weight, pattern in chosen_weights(model, patterns):
         scheme = pattern.scheme
         assert scheme is not None
+        if weight is None:
+            raise ValueError(
+                f"{name!r} computes its weight from other parameters, so that a mask cannot be written into it:"
+                " call torch.nn.utils.parametrize.remove_parametrizations first, or map it to None"
+            )
         if weight.is_meta:
             raise ValueError(f"{name!r} is on the meta device: load its data before prune_")
         reason = why_shape_skipped(weight.shape) or ""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -53,7 +54,7 @@ def rewrite_graph(
         ValueError: an exactly named linear cannot be 2:4 sparse, or with ``strict`` any named one. The
             graph is untouched then.
     """
-    if names is not None and _is_branch(graph):
+    if (names is not None or TracingContext.try_get()) and _is_branch(graph):
         return _branch_report(graph, patterns)
     parameters = parameter_nodes(graph, names.by_input if names else {})
     found = find_linears(graph, parameters)
@@ -84,7 +85,7 @@ def rewrite_graph(
     if names is None and not parameters:
         notes.append("parameter names are not visible to a pass that sees the ATen graph only: linears are known"
                      " by their modules; use sparse_backend or inductor_options to name parameters")  # fmt: skip
-    if not found.has_stacks and not parameters:
+    if found.nameless and not parameters:
         notes.append("no matmul of the graph carries a module name (nn_module_stack): no layer can be named")
     report = Report(
         sites=tuple(sites),

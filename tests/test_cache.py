@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 import sparse_pass as sp
 from sparse_pass import backend, graph_pass
 
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 # The op nodes leave Inductor no C++ to compile, so a compilation takes a second and not ten.
 SPARSE = sp.WeightSparsity(backend="cusparselt")
 MISSPELT = {"0": SPARSE, "zero": SPARSE}
@@ -142,14 +141,7 @@ def check_same(warm: Seen, cold: Seen) -> None:
         assert torch.equal(now, then)
 
 
-OLD_KEYS = pytest.mark.xfail(
-    TORCH < (2, 13), reason="torch 2.11 pickles the pre-grad pass into the key, and _SeeGraph pickles by its state"
-)
-
-
-@pytest.mark.parametrize(
-    "way", [pytest.param(via_backend, id="backend"), pytest.param(via_options, id="options", marks=OLD_KEYS)]
-)
+@pytest.mark.parametrize("way", [pytest.param(via_backend, id="backend"), pytest.param(via_options, id="options")])
 def test_hit(way: Callable[..., Any], calls: Calls) -> None:
     """On a hit Inductor does not call the pass. The report is that of the cold start, its warning included."""
     module = model()
@@ -183,7 +175,7 @@ def via_backend_with_model(module: nn.Module, config: Mapping[str, Any]) -> tupl
 
 @pytest.mark.parametrize(
     "way",
-    [pytest.param(via_backend_with_model, id="backend_model"), pytest.param(via_options, id="options", marks=OLD_KEYS)],
+    [pytest.param(via_backend_with_model, id="backend_model"), pytest.param(via_options, id="options")],
 )
 def test_report_is_made_late(way: Callable[..., Any], calls: Calls) -> None:
     """Where no warning can be due, a warm start does not wait for the report; reading it twice adds nothing."""
@@ -359,7 +351,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.parametrize("way", ["backend", pytest.param("options", marks=OLD_KEYS)])
+@pytest.mark.parametrize("way", ["backend", "options"])
 def test_second_process(way: str, processes: list[dict[str, Any]]) -> None:
     cold, warm = (dict(process[way]) for process in processes)
     assert (cold.pop("misses"), cold.pop("hits")) == (1, 0)

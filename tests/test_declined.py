@@ -102,13 +102,7 @@ MASKED_DENSE = {
 }
 
 
-FLIPS_LISTED = pytest.mark.xfail(reason="legal._why_no_call lists the permutes too, which are no obstacle")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=name, marks=FLIPS_LISTED if name == "slice" else ()) for name, case in MASKED_DENSE.items()],
-)
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in MASKED_DENSE.items()])
 def test_masked_dense_reason(case: Declined, monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel: the same mathematics all the same, and the report says why."""
     monkeypatch.setattr("sparse_pass.rewrite_graph.device_limits", lambda device, dtype: case.limits)

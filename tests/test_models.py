@@ -476,16 +476,7 @@ def test_linear_subclass_with_more_weights_and_no_names() -> None:
 
 
 @pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
-@pytest.mark.parametrize(
-    "named",
-    [
-        None,
-        pytest.param(
-            "model",
-            marks=pytest.mark.xfail(raises=ValueError, reason="model= does not know the names of parametrized weights"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("named", [None, "model"])
 def test_parametrized_weight(parametrize: Callable[[nn.Module], Any], named: str | None) -> None:
     """The mask is that of the weight that the parametrization computed."""
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))

@@ -441,7 +441,6 @@ def test_other_models_in_the_graph() -> None:
     assert [site.fqn for site in report.sites] == ["fc1"]
 
 
-@pytest.mark.xfail(reason="find_linears names an input that input_names knows to be of another model by its stack")
 def test_other_models_have_no_names() -> None:
     """Not even such as the model does not have."""
     student, teacher = Mlp(), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))

@@ -218,7 +218,6 @@ def test_explain_layer_that_does_not_run() -> None:
     assert report.notes[0].startswith("'down' names no linear that ran; closest names: 'down'")
 
 
-@pytest.mark.xfail(reason="explain lets Dynamo's BackendCompilerFailed through; its docstring says ValueError")
 def test_explain_exact_name_of_a_bad_shape() -> None:
     with pytest.raises(ValueError, match=r"'head' \(named exactly\): the weight is \[10, 8\]"):
         sp.explain(Mlp(), {"head": W24})(batch())
@@ -232,14 +231,12 @@ def test_explain_again_and_again() -> None:
         assert [site.fqn for site in sp.explain(model, {"up": W24})(batch()).sites] == ["up"]
 
 
-@pytest.mark.xfail(reason="Dynamo remembers sizes by file and line of explain._call, and makes the second dynamic")
 def test_explain_another_batch_size() -> None:
     """One call's sizes are no reason to make the next one's dynamic."""
     for rows in (4, 6):
         assert [site.shape for site in sp.explain(Mlp(), {"up": W24})(batch(rows)).sites] == [(rows, 16, 8)]
 
 
-@pytest.mark.xfail(reason="the function that explain returns keeps one SparsePass, which gathers all calls")
 def test_explain_called_twice() -> None:
     """Each call reports its own graphs."""
     explain = sp.explain(Mlp(), {"up": W24})

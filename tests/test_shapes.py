@@ -362,11 +362,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("named", [True, False], ids=["model", "no_model"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_exact_name_of_what_cannot_be_sparse(request: pytest.FixtureRequest, name: str, named: bool) -> None:
-    if name == "experts" and named:
-        reason = "model= knows 2-D parameters only: it says that the name means nothing, not why it cannot be sparse"
-        request.applymarker(pytest.mark.xfail(raises=AssertionError, reason=reason))
-
+def test_exact_name_of_what_cannot_be_sparse(name: str, named: bool) -> None:
     def train(model: nn.Module) -> None:
         backend = sp.sparse_backend({name: W24}, model=model if named else None, inner="aot_eager")
         torch.compile(model, backend=backend)(leaf(3, 5, 8))

@@ -1,0 +1,151 @@
+"""Graphs that are not a plain forward and backward: branches, regions, fused ops, monitors beside the linear."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from support import compare, run
+from torch import Tensor, nn
+
+import sparse_pass as sp
+
+W24 = sp.WeightSparsity()
+INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(16, 32)
+        self.fc2 = nn.Linear(32, 16)
+
+
+class Monitored(Net):
+    """A matmul under no_grad has the seq_nr of a linear beside it, and no backward. Of two weights it is no linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc2(self.fc1(x))
+        with torch.no_grad():
+            overlap = self.fc2.weight @ self.fc2.weight.t()
+        return y + 0 * overlap.mean()
+
+
+class MonitoredByInput(Net):
+    """Here it multiplies an input, which makes it a call of the linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc2(self.fc1(x))
+        with torch.no_grad():
+            norm = (self.fc2.weight.t() @ x.t()).norm()
+        return y + 0 * norm
+
+
+class Detached(nn.Module):
+    """The second call has no backward, whose GEMMs thus are all of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + self.fc(torch.sin(x)).detach()
+
+
+class Region(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        @torch.compiler.nested_compile_region
+        def block(h: Tensor) -> Tensor:
+            return self.fc2(self.fc1(h).relu())
+
+        return block(block(x))
+
+
+@INNERS
+@pytest.mark.parametrize(
+    ("build", "names", "sites"),
+    [
+        (Monitored, ("fc1", "fc2"), 2),
+        (MonitoredByInput, ("fc1", "fc2"), 3),
+        (Detached, ("fc",), 2),
+        (Region, ("fc1", "fc2"), 2),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_matmuls_beside_the_linear(
+    build: Callable[[], nn.Module], names: tuple[str, ...], sites: int, inner: str
+) -> None:
+    compare(build(), dict.fromkeys(names, W24), (leaf(8, 16),), inner=inner, sites=sites)
+
+
+class Branches(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(
+            x.sum() > 0,
+            lambda h: self.fc2(self.fc1(h).relu()),
+            lambda h: self.fc2(self.fc1(h).sin()),
+            (x,),
+        )
+
+
+@INNERS
+def test_branches_stay_dense_and_are_reported(inner: str) -> None:
+    model, x = Branches(), leaf(8, 16)
+    backend = sp.sparse_backend({"fc1": W24, "fc2": W24}, inner=inner)
+    parameters = dict(model.named_parameters())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="sparse_pass")  # the report names them: no warning that they named nothing
+        actual = run(torch.compile(model, backend=backend), parameters, [x])
+    expected = run(model, parameters, [x])
+    torch.testing.assert_close(actual.outputs, expected.outputs)
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(actual.gradients[name], gradient, msg=name)
+    sites = {site.fqn: site for site in backend.report.sites}
+    assert {name: site.status for name, site in sites.items()} == {"fc1": "skipped", "fc2": "skipped"}
+    assert all("cond" in site.reason for site in sites.values())
+
+
+def test_pass_alone_leaves_branches_dense() -> None:
+    """Without parameter names: the forward of a branch must not be masked when its backward is not."""
+    model, x = Branches(), leaf(8, 16)
+    sparse_pass = sp.SparsePass({"fc1": W24, "fc2": W24})
+    parameters = dict(model.named_parameters())
+    compiled = torch.compile(model, options={"joint_custom_pre_pass": sparse_pass})
+    with pytest.warns(UserWarning, match="named no linear"):
+        actual = run(compiled, parameters, [x])
+    torch.testing.assert_close(actual.outputs, run(model, parameters, [x]).outputs)
+    assert sparse_pass.report.unmatched == ("fc1", "fc2")
+    assert not any("no matmul of the graph carries a module name" in note for note in sparse_pass.report.notes)
+
+
+@INNERS
+def test_fused_encoder_layer_is_reported(inner: str) -> None:
+    """In eval mode nn.TransformerEncoderLayer is one fused op, which multiplies by weights that no pass can see."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    names = ["linear1", "linear2", "self_attn.in_proj_weight", "self_attn.out_proj"]
+    backend = sp.sparse_backend(dict.fromkeys(names, W24), model=layer, inner=inner)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend=backend)(x), layer(x))
+    sites = {site.fqn: site for site in backend.report.sites}
+    assert set(sites) == set(names)
+    assert {site.status for site in sites.values()} == {"skipped"}
+    assert "_transformer_encoder_layer_fwd" in sites["linear1"].reason
+
+
+def test_fused_encoder_layer_is_an_error_where_strict() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    backend = sp.sparse_backend({"linear1": W24}, inner="aot_eager", strict=True)
+    with torch.no_grad(), pytest.raises(Exception, match=r"'linear1': no matmul of this weight was found"):
+        torch.compile(layer, backend=backend)(torch.randn(2, 5, 16))
