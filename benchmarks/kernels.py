@@ -15,7 +15,7 @@ from measure import arguments, microseconds, save
 from torch import Tensor
 
 from sparse_pass import reference
-from sparse_pass.kernels import cusparselt, sparsify, torch_cslt
+from sparse_pass.kernels import compiled, cusparselt, sparsify, torch_cslt, tuner
 
 sparse = torch.ops.sparse_pass
 
@@ -114,10 +114,14 @@ def host_table() -> pd.DataFrame:
     n = k = 256
     weight, x, bias = normal(n, k), normal(256, k), normal(n)
     packed, _ = sparse.sparsify(weight, "optimal")
+    output = normal(256, n)
     dense = weight * sparsify.mask24(weight, "optimal")
     steps: dict[str, Callable[[], object]] = {
         "binding": lambda: cusparselt.linear(x, packed, None, n),
         "binding, bias": lambda: cusparselt.linear(x, packed, bias, n),
+        "compiled code's call": lambda: compiled.linear_into(x, packed, tuned=True, out=output),
+        "compiled code's call, bias": lambda: compiled.linear_into(x, packed, bias, tuned=True, out=output),
+        "compiled code's call, sparsify": lambda: compiled.sparsify(weight, "optimal", weight.dtype),
         "torch.ops linear": lambda: sparse.linear(x, packed, None, n),
         "torch.ops linear, bias": lambda: sparse.linear(x, packed, bias, n),
         "torch.ops linear, bias, padded rows": lambda: sparse.linear(x[:250], packed, bias, n),
@@ -129,7 +133,7 @@ def host_table() -> pd.DataFrame:
         return pd.DataFrame([{"call": name, "host us": round(host(step), 1)} for name, step in steps.items()])
 
 
-def algorithms_table(seconds: float, dtype: torch.dtype) -> pd.DataFrame:
+def algorithms_table(seconds: float, dtype: torch.dtype, algorithms: list[int]) -> pd.DataFrame:
     rows = []
     for m, k, n in GEMMS:
         x, weight, bias = normal(m, k, dtype=dtype), normal(n, k, dtype=dtype), normal(n, dtype=dtype)
@@ -150,7 +154,7 @@ def algorithms_table(seconds: float, dtype: torch.dtype) -> pd.DataFrame:
                 "dense": round(replayed(lambda: torch.nn.functional.linear(operand, right.T, b), seconds, 3)),  # noqa: B023
             }
             times = {}
-            for algorithm in range(cusparselt.Plan(problem, 0, b).algorithms):
+            for algorithm in algorithms or range(cusparselt.Plan(problem, 0, b).algorithms):
                 try:
                     plan = cusparselt.Plan(problem, algorithm, b)
                     times[algorithm] = round(replayed(lambda: plan(operand, values, b), seconds, 3))  # noqa: B023
@@ -166,6 +170,10 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--warps", type=int, nargs="+", default=[4], help="warps a sparsify program; 4 is the default")
     parser.add_argument("--only", choices=["sparsify", "host", "algorithms"], help="one table; all three without")
+    # All of 0.8.0 in one process have ended in an illegal instruction: see the tuner.
+    parser.add_argument(
+        "--algorithms", type=int, nargs="*", default=list(tuner.CANDIDATES[0, 8]), help="ids; none: all"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.only in (None, "sparsify"):
@@ -178,7 +186,12 @@ def main() -> None:
         for dtype in (torch.bfloat16, torch.float16):
             name = str(dtype).removeprefix("torch.")
             about = f"GPU microseconds of each cuSPARSELt algorithm id, {name}; output with a bias; dense by torch."
-            save(algorithms_table(args.seconds / 20, dtype), f"kernels_algorithms_{name}", args.out, about)
+            save(
+                algorithms_table(args.seconds / 20, dtype, args.algorithms),
+                f"kernels_algorithms_{name}",
+                args.out,
+                about,
+            )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -42,6 +42,21 @@ def _timed(step: Callable[[], object], count: int) -> list[float]:
         event.record()
     torch.cuda.synchronize()
     return [1000 * a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def race(steps: Mapping[str, Callable[[], object]], seconds: float = 1.0, rounds: int = 6) -> dict[str, float]:
+    """`microseconds` of each of several steps, taken in turns: a GPU that gets warm slows all of them alike."""
+    for _ in range(5):
+        for step in steps.values():
+            step()
+    torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        for name, step in list(steps.items())[:: -1 if turn % 2 else 1]:
+            step()
+            once = _timed(step, 1)[0]
+            times[name] += _timed(step, max(3, min(200, int(seconds / rounds * 1e6 / max(once, 1.0)))))
+    return {name: median(found) for name, found in times.items()}
 
 
 def peak_gib(step: Callable[[], object]) -> float:

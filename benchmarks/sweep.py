@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
-from measure import arguments, microseconds, save
+from measure import arguments, race, save
 from torch import nn
 
 import sparse_pass as sp
@@ -16,6 +16,7 @@ ROWS = [128, 512, 1024, 2048, 4096, 8192, 16384, 65536]
 
 def _step(run, model: nn.Module, x: torch.Tensor, grad: torch.Tensor):
     def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         run(x).backward(grad)
         x.grad = None
         model.zero_grad(set_to_none=True)
@@ -29,7 +30,7 @@ def measure(k: int, n: int, rows: int, dtype: torch.dtype, seconds: float) -> di
     model = nn.Sequential(nn.Linear(k, n)).to("cuda", dtype)
     x = torch.randn(rows, k, device="cuda", dtype=dtype, requires_grad=True)
     grad = torch.randn(rows, n, device="cuda", dtype=dtype)
-    times, kernels = {}, {}
+    steps, kernels = {}, {}
     for name, scheme in (
         ("dense", None),
         ("tuned", sp.WeightSparsity()),
@@ -39,8 +40,10 @@ def measure(k: int, n: int, rows: int, dtype: torch.dtype, seconds: float) -> di
         backend = sp.sparse_backend({"0": scheme}, model=model)
         # CUDA graphs: a step of one linear is shorter than its launches.
         run = torch.compile(model, backend=backend, mode="reduce-overhead")
-        times[name] = microseconds(_step(run, model, x, grad), seconds, warmup=5)
+        steps[name] = _step(run, model, x, grad)
+        steps[name]()
         kernels[name] = backend.report.sites[0].output if backend.report.sites else "dense"
+    times = race(steps, seconds)
     return {
         "K": k,
         "N": n,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,10 @@ class SparsePass(CustomGraphPass):
         self._warned: set[str] = set()
 
     def __call__(self, graph: Graph) -> None:
+        if "torch._inductor.graph" in sys.modules:  # else nothing is compiled: `inner="aot_eager"`, `explain`
+            from . import lowering
+
+            lowering.register()
         names = self._names.get(threading.get_ident())
         if names is not None:
             self._awaited.pop(names, None)

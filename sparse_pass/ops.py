@@ -9,14 +9,12 @@ backward. The CPU kernels are the reference and use the byte layout of the GPU k
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cuda_ops, reference
 
 PACKED_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -130,8 +128,7 @@ def _linear_cpu(
     input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
 ) -> Tensor:
     _check_linear(input, packed, bias, out_features)
-    dense = reference.unpack(packed, out_features, input.shape[1])
-    return torch.nn.functional.linear(input.contiguous(), dense, bias)
+    return reference.linear(input, packed, bias, out_features)
 
 
 @torch.library.impl(_LIBRARY, "mask24", "CPU")
@@ -140,33 +137,12 @@ def _mask24_cpu(weight: Tensor, mask: str) -> Tensor:
     return reference.mask24(weight, mask)
 
 
-# CUDA. Where the layout is SM90's, our kernels; on other devices torch's, in whatever layout the device has.
-
-
-def _is_sm90_layout(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Tell which kernels are right on the tensor's device. RuntimeError if none is."""
-    from .kernels import probe
-
-    layout = probe.layout(tensor.device, dtype)
-    if layout not in (probe.SM90, probe.COMPRESS):
-        raise RuntimeError(f"{layout}; use the masked dense weight, weight * mask24(weight)")
-    return layout == probe.SM90
+# CUDA
 
 
 @torch.library.impl(_LIBRARY, "sparsify", "CUDA")
 def _sparsify_cuda(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    packed_dtype = _check_sparsify(weight, mask, dtype)
-    with torch.cuda.device(weight.device):
-        if not _is_sm90_layout(weight, packed_dtype):
-            from .kernels import torch_cslt
-
-            masked = weight.masked_fill(~_mask24_cuda(weight, mask), 0).to(packed_dtype)
-            return torch_cslt.compress(masked), torch_cslt.compress(masked.T)
-        if weight.dtype == torch.float64:  # rare, and the Triton kernel compares in float32
-            return reference.sparsify(weight, mask, packed_dtype)
-        from .kernels import sparsify
-
-        return sparsify.sparsify(weight, mask, packed_dtype)
+    return cuda_ops.sparsify(weight, mask, _check_sparsify(weight, mask, dtype))
 
 
 @torch.library.impl(_LIBRARY, "linear", "CUDA")
@@ -174,54 +150,13 @@ def _linear_cuda(
     input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
 ) -> Tensor:
     _check_linear(input, packed, bias, out_features)
-    if input.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(input.device):
-            return _linear_cuda(input, packed, bias, out_features, tuned=tuned)
-    rows, cols = input.shape
-    if rows == 0:
-        return input.new_empty(0, out_features)
-    if rows % 8:
-        # The library takes multiples of 8. A row of the output depends on its own row of the input only: what is in
-        # the rows added here does not matter.
-        padded = input.new_empty(rows + -rows % 8, cols)
-        padded[:rows].copy_(input)
-    else:
-        padded = _aligned(input)
-    packed, bias = _aligned(packed), None if bias is None else _aligned(bias)
-    if _is_sm90_layout(input, input.dtype):
-        from .kernels import cusparselt, tuner
-
-        multiply = tuner.linear if tuned else cusparselt.linear
-        output = multiply(padded, packed, bias, out_features)
-    else:
-        from .kernels import torch_cslt
-
-        output = torch_cslt.linear(padded, packed, bias, out_features)
-    return output[:rows] if rows % 8 else output
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return `tensor` contiguous and 16-byte aligned, a copy only where it is not."""
-    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return cuda_ops.linear(input, packed, bias, out_features, tuned)
 
 
 @torch.library.impl(_LIBRARY, "mask24", "CUDA")
 def _mask24_cuda(weight: Tensor, mask: str) -> Tensor:
     _check_mask_args(weight, mask)
-    # Triton needs SM 7.0 and comes with torch for Linux; the reference gives the same mask anywhere.
-    if weight.dtype == torch.float64 or not _has_triton(weight.device):
-        return reference.mask24(weight, mask)
-    from .kernels import sparsify
-
-    with torch.cuda.device(weight.device):
-        return sparsify.mask24(weight, mask)
-
-
-@functools.cache
-def _has_triton(device: torch.device) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return cuda_ops.mask24(weight, mask)
 
 
 # Autograd: torch's default for an op without a derivative is a warning and missing gradients.

@@ -207,3 +207,14 @@ def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     kept = mask24(weight, mask)
     values = weight.detach().to(dtype)
     return pack(values, kept), pack(values.T, kept.T)
+
+
+def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """Multiply: input [M, K], packed S(W) [N, K], bias [N] or None -> [M, N]."""
+    dense = unpack(packed, out_features, input.shape[1])
+    return torch.nn.functional.linear(input.contiguous(), dense, bias)
+
+
+def linear_into(input: Tensor, packed: Tensor, bias: Tensor | None = None, *, tuned: bool, out: Tensor) -> None:
+    """`linear` as compiled code calls it (`lowering`)."""
+    out.copy_(linear(input, packed, bias, out.shape[1]))

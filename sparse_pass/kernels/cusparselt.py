@@ -13,10 +13,13 @@ import ctypes
 import functools
 import threading
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+# As Inductor's code calls it: half the host time of torch.empty.
+from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
 from .cusparselt_library import ALIGNMENT, call, check, function, new_struct, version
 
@@ -118,28 +121,33 @@ class Plan:
         call("MatmulGetWorkspace", about, handle, plan, ctypes.addressof(size))
         self.workspace_bytes = size.value
 
-    def __call__(self, input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        """Launch on the current stream; operands as in `linear`. Returns [M, N]."""
-        output = input.new_empty((self.problem.m, self.problem.n))
-        output_address = output.data_ptr()
+    def __call__(self, input: Tensor, packed: Tensor, bias: Tensor | None, output: Tensor | None = None) -> Tensor:
+        """Launch on the current stream; operands as in `linear`. Returns [M, N], in ``output`` if there is one."""
+        problem = self.problem
+        if output is None:
+            output = _empty_strided_cuda((problem.m, problem.n), (problem.n, 1), problem.dtype)
+        input_address, packed_address, output_address = input.data_ptr(), packed.data_ptr(), output.data_ptr()
+        bias_address = None if bias is None else bias.data_ptr()
+        if (input_address | packed_address | output_address | (bias_address or 0)) % ALIGNMENT:
+            return self._aligned(input, packed, bias, output)
         workspace_address = None
         if self.workspace_bytes:
             # Of torch's allocator, on the current stream: freed on return, and reused only by what comes after.
-            workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=input.device)
+            workspace = _empty_strided_cuda((self.workspace_bytes,), (1,), torch.uint8)
             workspace_address = workspace.data_ptr()
         with self._lock:
-            self._stream.value = torch._C._cuda_getCurrentRawStream(self.problem.device)
-            if bias is not None:
+            self._stream.value = torch._C._cuda_getCurrentRawStream(problem.device)
+            if self._bias.value != bias_address:
                 # The plan reads the pointer from its descriptor at each launch; `probe` tries that it does.
-                self._bias.value = bias.data_ptr()
+                self._bias.value = bias_address
                 status = self._set_attribute(self._handle, self._descriptor, _BIAS_POINTER, self._bias_address, 8)
-                check(status, "MatmulDescSetAttribute", self.problem)
+                check(status, "MatmulDescSetAttribute", problem)
             status = self._matmul(
                 self._handle,
                 self._plan,
                 _ALPHA,
-                packed.data_ptr(),
-                input.data_ptr(),
+                packed_address,
+                input_address,
                 _BETA,
                 output_address,
                 output_address,
@@ -147,11 +155,22 @@ class Plan:
                 self._stream_address,
                 1,
             )
-        check(status, "Matmul", self)
+        if status:
+            check(status, "Matmul", self)
         return output
+
+    def _aligned(self, input: Tensor, packed: Tensor, bias: Tensor | None, output: Tensor) -> Tensor:
+        """The same with copies of what starts between two 16-byte steps, as a slice may."""
+        input, packed = _realigned(input), _realigned(packed)
+        result = self(input, packed, None if bias is None else _realigned(bias))
+        return output.copy_(result)
 
     def __str__(self) -> str:
         return f"{self.problem}, algorithm {self.algorithm}"
+
+
+def _realigned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _destroy(to_destroy: list[tuple[str, int]], memory: object) -> None:
@@ -163,6 +182,7 @@ def _destroy(to_destroy: list[tuple[str, int]], memory: object) -> None:
 # Oldest first. A limit, since with dynamic shapes every M makes a plan.
 _PLANS: dict[tuple[Problem, int | None], Plan] = {}
 _PLANS_LIMIT = 1024
+_Key = TypeVar("_Key")
 
 
 def _new_plan(problem: Problem, algorithm: int | None, bias: Tensor | None) -> Plan:
@@ -176,18 +196,14 @@ def _new_plan(problem: Problem, algorithm: int | None, bias: Tensor | None) -> P
 
 
 def linear(
-    input: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    algorithm: int | None = None,
+    input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, output: Tensor | None = None
 ) -> Tensor:
     """Multiply: input [M, K], packed S(W) [N, K] as `reference.pack`, bias [N] or None -> [M, N], all of one dtype.
 
-    float16 or bfloat16, on the current device, contiguous and 16-byte aligned; M a positive multiple of 8. Runs on
-    the current stream. algorithm: an id of the library, or None for the default. RuntimeError if the library refuses.
+    float16 or bfloat16, on the current device, contiguous; M a positive multiple of 8. Runs on the current stream,
+    by the library version's default algorithm. RuntimeError if the library refuses.
     """
-    return launch(problem_of(input, bias, out_features), algorithm, input, packed, bias)
+    return plan_for(problem_of(input, bias, out_features), None, bias)(input, packed, bias, output)
 
 
 def problem_of(input: Tensor, bias: Tensor | None, out_features: int) -> Problem:
@@ -196,13 +212,18 @@ def problem_of(input: Tensor, bias: Tensor | None, out_features: int) -> Problem
     return Problem(input.get_device(), input.dtype, m, out_features, k, bias is not None)
 
 
-def launch(problem: Problem, algorithm: int | None, input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` for a problem that the caller has made already."""
+def plan_for(problem: Problem, algorithm: int | None, bias: Tensor | None) -> Plan:
+    """The plan of a problem, built if need be. algorithm: an id of the library, or None for the default."""
     key = problem, algorithm
     plan = _PLANS.get(key)
     if plan is None:
         plan = _new_plan(problem, algorithm, bias)
-        while len(_PLANS) >= _PLANS_LIMIT:
-            _PLANS.pop(next(iter(_PLANS)), None)
-        _PLANS[key] = plan
-    return plan(input, packed, bias)
+        remember(_PLANS, key, plan)
+    return plan
+
+
+def remember(plans: dict[_Key, Plan], key: _Key, plan: Plan) -> None:
+    """Add a plan, in the place of the oldest if there are too many."""
+    while len(plans) >= _PLANS_LIMIT:
+        plans.pop(next(iter(plans)), None)
+    plans[key] = plan

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._C._dynamo.guards import _empty_strided_cuda
 
 from . import layout, masks
 
@@ -136,7 +137,8 @@ def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     """
     rows, cols = weight.shape
     # Two allocations: a backward that keeps packed_t must not keep packed with it.
-    packed, packed_t = (torch.empty(rows * cols * 9 // 32, dtype=torch.int32, device=weight.device) for _ in range(2))
+    packed = _empty_strided_cuda((rows * cols * 9 // 32,), (1,), torch.int32)
+    packed_t = _empty_strided_cuda((rows * cols * 9 // 32,), (1,), torch.int32)
     _sparsify_kernel[cols // 64, rows // 64](
         weight,
         packed,

@@ -27,7 +27,7 @@ _TOLERANCE = 5e-3
 # The algorithms to try, by the first two numbers of the library's version: those that were fastest for some shape on
 # an H200. All 21 of 0.8.0 gave right results alone, in CUDA graphs too, but trying all of them in one process once
 # ended in an illegal instruction. An id that nobody tried may do anything, so other versions keep algorithm 0.
-_CANDIDATES = {(0, 8): (0, 4, 10, 12, 17, 18, 20)}
+CANDIDATES = {(0, 8): (0, 4, 10, 12, 17, 18, 20)}
 _SAMPLES = 5
 _CALLS = 4
 _MEASURING = threading.Lock()
@@ -83,7 +83,7 @@ def _race(problem: Problem) -> Timing:
     first = Plan(problem, 0, bias)
     expected = first(input, packed, bias)
     plans = {0: first}
-    for algorithm in _CANDIDATES.get(version()[:2], (0,)):
+    for algorithm in CANDIDATES.get(version()[:2], (0,)):
         if algorithm in plans or algorithm >= first.algorithms:
             continue
         try:
@@ -126,21 +126,26 @@ def _time(launch: Callable[[], object]) -> float:
     return float(median(samples))
 
 
-_CHOSEN: dict[Problem, int | None] = {}
+_CHOSEN: dict[Problem, Plan] = {}
 
 
-def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def linear(
+    input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, output: Tensor | None = None
+) -> Tensor:
     """`cusparselt.linear` by the fastest algorithm, which is measured at the first call where it is not known.
 
     A number of rows that was never measured takes the algorithm of the next one in a coarse grid, so that dynamic
     shapes measure a few times and not in every step.
     """
-    problem = cusparselt.problem_of(input, bias, out_features)
-    algorithm = _CHOSEN[problem] if problem in _CHOSEN else _choose(problem)
-    return cusparselt.launch(problem, algorithm, input, packed, bias)
+    m, k = input.shape
+    # Equal to a Problem, and made in a third of the time.
+    plan = _CHOSEN.get((input.get_device(), input.dtype, m, out_features, k, bias is not None))  # type: ignore[call-overload]
+    if plan is None:
+        plan = _choose(cusparselt.problem_of(input, bias, out_features), bias)
+    return plan(input, packed, bias, output)  # type: ignore[no-any-return]
 
 
-def _choose(problem: Problem) -> int | None:
+def _choose(problem: Problem, bias: Tensor | None) -> Plan:
     capturing = torch.cuda.is_current_stream_capturing()
     timing = timing_of(problem, measure=False)
     if timing is None:
@@ -148,10 +153,10 @@ def _choose(problem: Problem) -> int | None:
             timing = timing_of(problem._replace(m=_grid(problem.m)), measure=not capturing)
         except RuntimeError as error:
             log.warning("%s could not be measured (%s): the default algorithm is used", problem, error)
-    algorithm = None if timing is None else timing.algorithm
+    plan = cusparselt.plan_for(problem, None if timing is None else timing.algorithm, bias)
     if not capturing:
-        _CHOSEN[problem] = algorithm
-    return algorithm
+        cusparselt.remember(_CHOSEN, problem, plan)
+    return plan
 
 
 def _grid(rows: int) -> int:

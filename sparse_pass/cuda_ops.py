@@ -1,0 +1,86 @@
+"""The operators on CUDA devices: which kernels are right there, and what those want of their operands.
+
+Where the layout is SM90's the kernels are ours; on other devices torch's, in whatever layout the device has.
+`ops` registers the functions here; code that Inductor compiled calls the kernels without them (`lowering`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def is_sm90_layout(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell which kernels are right on the device. RuntimeError if none is."""
+    from .kernels import probe
+
+    layout = probe.layout(device, dtype)
+    if layout not in (probe.SM90, probe.COMPRESS):
+        raise RuntimeError(f"{layout}; use the masked dense weight, weight * mask24(weight)")
+    return layout == probe.SM90
+
+
+def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`torch.ops.sparse_pass.sparsify` for arguments that are known to be right."""
+    if weight.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(weight.device):
+            return sparsify(weight, mask, dtype)
+    if not is_sm90_layout(weight.device, dtype):
+        from .kernels import torch_cslt
+
+        masked = weight.masked_fill(~mask24(weight, mask), 0).to(dtype)
+        return torch_cslt.compress(masked), torch_cslt.compress(masked.T)
+    if weight.dtype == torch.float64:  # rare, and the Triton kernel compares in float32
+        return reference.sparsify(weight, mask, dtype)
+    from .kernels import sparsify as kernel
+
+    return kernel.sparsify(weight, mask, dtype)
+
+
+def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, tuned: bool) -> Tensor:
+    """`torch.ops.sparse_pass.linear` for arguments that are known to be right."""
+    if input.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(input.device):
+            return linear(input, packed, bias, out_features, tuned)
+    rows, cols = input.shape
+    if rows == 0:
+        return input.new_empty(0, out_features)
+    if rows % 8:
+        # The library takes multiples of 8. A row of the output depends on its own row of the input only: what is in
+        # the rows added here does not matter.
+        padded = input.new_empty(rows + -rows % 8, cols)
+        padded[:rows].copy_(input)
+    else:
+        padded = input.contiguous()
+    packed, bias = packed.contiguous(), None if bias is None else bias.contiguous()
+    if is_sm90_layout(input.device, input.dtype):
+        from .kernels import cusparselt, tuner
+
+        multiply = tuner.linear if tuned else cusparselt.linear
+        output = multiply(padded, packed, bias, out_features)
+    else:
+        from .kernels import torch_cslt
+
+        output = torch_cslt.linear(padded, packed, bias, out_features)
+    return output[:rows] if rows % 8 else output
+
+
+def mask24(weight: Tensor, mask: str) -> Tensor:
+    """`torch.ops.sparse_pass.mask24` for arguments that are known to be right."""
+    # Triton needs SM 7.0 and comes with torch for Linux; the reference gives the same mask anywhere.
+    if weight.dtype == torch.float64 or not _has_triton(weight.device):
+        return reference.mask24(weight, mask)
+    from .kernels import sparsify as kernel
+
+    with torch.cuda.device(weight.device):
+        return kernel.mask24(weight, mask)
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
