@@ -57,7 +57,7 @@ MODELS = {"ViT-L/16": vit_l, "Llama 1B": llama_1b}
 
 
 def measure(name: str, mode: str, seconds: float) -> list[dict[str, object]]:
-    """One model with one optimizer, stepped dense and sparse in turns."""
+    """One model with one optimizer, stepped dense and sparse."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
@@ -95,6 +95,7 @@ def measure(name: str, mode: str, seconds: float) -> list[dict[str, object]]:
                 "memory": peaks[what] / peaks["dense"],
             }
         )
+    print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
     return rows
 
 
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["default", "reduce-overhead"])
     args = parser.parse_args()
     rows = [row for name in args.models for mode in args.modes for row in measure(name, mode, args.seconds)]
-    about = "Forward, backward and fused AdamW, bfloat16, compiled; medians of CUDA events, all variants in turns."
+    about = "Forward, backward and fused AdamW, bfloat16, compiled; medians of CUDA events, each variant alone, there and back."
     save(pd.DataFrame(rows).round(3), "end_to_end", args.out, about)
 
 

@@ -11,7 +11,7 @@ from statistics import median
 
 import pandas as pd
 import torch
-from measure import arguments, microseconds, save
+from measure import arguments, captured, microseconds, save
 from torch import Tensor
 
 from sparse_pass import reference
@@ -36,16 +36,7 @@ HOST_CALLS = 200
 
 def replayed(step: Callable[[], object], seconds: float, calls: int = 10) -> float:
     """GPU time of one call of ``step`` in microseconds, without gaps between the calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            step()
-    return microseconds(graph.replay, seconds) / calls
+    return microseconds(captured(step, calls).replay, seconds) / calls
 
 
 def host(step: Callable[[], object]) -> float:

@@ -44,19 +44,37 @@ def _timed(step: Callable[[], object], count: int) -> list[float]:
     return [1000 * a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
-def race(steps: Mapping[str, Callable[[], object]], seconds: float = 1.0, rounds: int = 6) -> dict[str, float]:
-    """`microseconds` of each of several steps, taken in turns: a GPU that gets warm slows all of them alike."""
+def race(steps: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, float]:
+    """`microseconds` of several steps: each runs alone, first in this order and then in the reverse, which evens out
+    a GPU that gets warm.
+
+    The first quarter of each run is left out: under its power limit the GPU takes a while to find the clock that a
+    step allows, and training runs at that one.
+    """
     for _ in range(5):
         for step in steps.values():
             step()
     torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds):
-        for name, step in list(steps.items())[:: -1 if turn % 2 else 1]:
-            step()
-            once = _timed(step, 1)[0]
-            times[name] += _timed(step, max(3, min(200, int(seconds / rounds * 1e6 / max(once, 1.0)))))
+    for name, step in [*steps.items(), *reversed(steps.items())]:
+        once = median(_timed(step, 3))
+        found = _timed(step, max(8, min(2000, int(seconds / 2 * 1e6 / max(once, 1.0)))))
+        times[name] += found[len(found) // 4 :]
     return {name: median(found) for name, found in times.items()}
+
+
+def captured(step: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``calls`` calls of ``step``."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            step()
+    return graph
 
 
 def peak_gib(step: Callable[[], object]) -> float:

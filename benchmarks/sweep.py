@@ -4,55 +4,55 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from measure import arguments, race, save
-from torch import nn
+from measure import arguments, captured, race, save
+from torch import Tensor
 
-import sparse_pass as sp
+from sparse_pass.kernels import compiled, cusparselt, sparsify, tuner
 
 SIZES = [(768, 3072), (1024, 4096), (2048, 2048), (2048, 8192), (4096, 4096), (4096, 14336)]
 ROWS = [128, 512, 1024, 2048, 4096, 8192, 16384, 65536]
 
 
-def _step(run, model: nn.Module, x: torch.Tensor, grad: torch.Tensor):
-    def step() -> None:
-        torch.compiler.cudagraph_mark_step_begin()
-        run(x).backward(grad)
-        x.grad = None
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
 def measure(k: int, n: int, rows: int, dtype: torch.dtype, seconds: float) -> dict[str, object]:
-    torch._dynamo.reset()
+    """GPU time of what the compiled linear runs, replayed from a CUDA graph: a step is shorter than its launches."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(k, n)).to("cuda", dtype)
-    x = torch.randn(rows, k, device="cuda", dtype=dtype, requires_grad=True)
+    weight, bias = torch.randn(n, k, device="cuda", dtype=dtype), torch.randn(n, device="cuda", dtype=dtype)
+    x = torch.randn(rows, k, device="cuda", dtype=dtype)
     grad = torch.randn(rows, n, device="cuda", dtype=dtype)
-    steps, kernels = {}, {}
-    for name, scheme in (
-        ("dense", None),
-        ("tuned", sp.WeightSparsity()),
-        ("sparse", sp.WeightSparsity(backend="cusparselt")),
-        ("masked_dense", sp.WeightSparsity(backend="masked_dense")),
-    ):
-        backend = sp.sparse_backend({"0": scheme}, model=model)
-        # CUDA graphs: a step of one linear is shorter than its launches.
-        run = torch.compile(model, backend=backend, mode="reduce-overhead")
-        steps[name] = _step(run, model, x, grad)
-        steps[name]()
-        kernels[name] = backend.report.sites[0].output if backend.report.sites else "dense"
-    times = race(steps, seconds)
+
+    def dense(weight: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(x, weight, bias), grad @ weight, grad.T @ x, grad.sum(0)
+
+    def sparse() -> tuple[Tensor, ...]:
+        packed, packed_t = compiled.sparsify(weight, "optimal", dtype)
+        output, grad_input = x.new_empty(rows, n), x.new_empty(rows, k)
+        compiled.linear_into(x, packed, bias, tuned=True, out=output)
+        compiled.linear_into(grad, packed_t, tuned=True, out=grad_input)
+        return output, grad_input, grad.T @ x, grad.sum(0)
+
+    def masked() -> tuple[Tensor, ...]:
+        return dense(torch.where(sparsify.mask24(weight, "optimal"), weight, 0))
+
+    steps = {"dense": lambda: dense(weight), "sparse": sparse, "masked_dense": masked}
+    graphs = {name: captured(step) for name, step in steps.items()}
+    times = race({name: graph.replay for name, graph in graphs.items()}, seconds)
+    gemms = [
+        tuner.timing_of(cusparselt.Problem(0, dtype, rows, *sizes), measure=True)
+        for sizes in ((n, k, True), (k, n, False))
+    ]
+    pays = sum(one.sparse_us for one in gemms) < sum(one.dense_us for one in gemms)
+    chosen = "sparse" if pays else "masked_dense"
     return {
         "K": k,
         "N": n,
         "M": rows,
         **{f"{name} us": time for name, time in times.items()},
-        "chosen": kernels["tuned"],
-        "speedup tuned": times["dense"] / times["tuned"],
+        "chosen": chosen,
+        "speedup tuned": times["dense"] / times[chosen],
         "speedup sparse": times["dense"] / times["sparse"],
-        "tuned over masked_dense": times["masked_dense"] / times["tuned"],
+        "over masked_dense": times["masked_dense"] / times[chosen],
     }
 
 

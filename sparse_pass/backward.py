@@ -32,14 +32,19 @@ _GRAD_MOVES = MOVES | frozenset(
 
 
 def tangent_dependent(graph: Graph) -> set[Node]:
-    """The nodes that need a gradient from outside: the backward, whatever the tags say."""
+    """The backward: the nodes that need a gradient from outside, and those that AOTAutograd tags as backward.
+
+    A zero gradient, such as that of ``sign``, or of anything without rows, can be a constant.
+    """
     found: set[Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
             described = type(node.meta.get("desc")).__name__
             if described.startswith("Tangent") or str(node.target).startswith("tangents"):
                 found.add(node)
-        elif any(source in found for source in node.all_input_nodes):
+            continue
+        tagged = node.op == "call_function" and node.meta.get("partitioner_tag") == "is_backward"
+        if tagged or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 

@@ -9,8 +9,6 @@ backward. The CPU kernels are the reference and use the byte layout of the GPU k
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
@@ -41,6 +39,14 @@ def mask24(weight: Tensor, mask: str = "optimal") -> Tensor:
 # call fails while it is traced.
 
 
+def _check_no_grad(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise NotImplementedError(
+            "sparse_pass ops have no derivative: the pass puts them into graphs that already hold their backward. "
+            "Train through sparse_pass.sparse_backend, or call them under torch.no_grad()"
+        )
+
+
 def _check_mask_args(weight: Tensor, mask: str) -> None:
     if mask not in reference.MASKS:
         raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(reference.MASKS)}")
@@ -61,6 +67,7 @@ def _check_dims(weight: Tensor, multiple: int, remedy: str) -> None:
 
 def _check_sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None) -> torch.dtype:
     """Raise for what cannot be packed, and return the dtype of the packed values."""
+    _check_no_grad(weight)
     _check_mask_args(weight, mask)
     _check_dims(weight, 64, "use the masked dense weight, weight * mask24(weight)")
     if weight.numel() == 0:
@@ -75,6 +82,7 @@ def _check_sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None) -> tor
 
 
 def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> None:
+    _check_no_grad(input, bias)
     if input.dim() != 2 or packed.dim() != 1 or packed.numel() * 16 != out_features * input.shape[1] * 9:
         raise ValueError(
             f"input {list(input.shape)} and packed {list(packed.shape)} do not fit out_features={out_features}: input "
@@ -159,17 +167,10 @@ def _mask24_cuda(weight: Tensor, mask: str) -> Tensor:
     return cuda_ops.mask24(weight, mask)
 
 
-# Autograd: torch's default for an op without a derivative is a warning and missing gradients.
-
-
-def _no_derivative(ctx: object, *grads: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "sparse_pass ops have no derivative: the pass puts them into graphs that already hold their backward. Train "
-        "through sparse_pass.sparse_backend, or call them under torch.no_grad()"
-    )
-
+# Autograd. torch's default for an op without a derivative is a warning and missing gradients; a Python function under
+# its autograd key that refuses would double the host time of every call. So the ops refuse by themselves (`_check_*`).
 
 for _op in ("sparsify", "linear"):
-    torch.library.register_autograd(f"sparse_pass::{_op}", _no_derivative, lib=_LIBRARY)
+    _LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 _OPS = torch.ops.sparse_pass

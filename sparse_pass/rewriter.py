@@ -250,6 +250,6 @@ class Rewriter:
         source = before if like is None else like
         node.meta = {key: value for key, value in source.meta.items() if key not in _OWN_META}
         values, named = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._mode:
+        with self._mode, torch.no_grad():
             node.meta["val"] = target(*values, **named)
         return node

@@ -63,6 +63,17 @@ class Detached(nn.Module):
         return self.fc(x) + self.fc(torch.sin(x)).detach()
 
 
+class Sign(nn.Module):
+    """A gradient of constant zeros, whose backward GEMMs need none from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sign(self.fc(x)) + x
+
+
 class Region(Net):
     def forward(self, x: Tensor) -> Tensor:
         @torch.compiler.nested_compile_region
@@ -89,6 +100,12 @@ def test_matmuls_beside_the_linear(
     compare(build(), dict.fromkeys(names, W24), (leaf(8, 16),), inner=inner, sites=sites)
 
 
+@INNERS
+def test_constant_gradient(inner: str) -> None:
+    """Its backward is no further call of the linear."""
+    compare(Sign(), {"fc": W24}, (leaf(8, 16),), inner=inner, same_gradients=True)
+
+
 class Branches(Net):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cond(
@@ -105,7 +122,7 @@ def test_branches_stay_dense_and_are_reported(inner: str) -> None:
     backend = sp.sparse_backend({"fc1": W24, "fc2": W24}, inner=inner)
     parameters = dict(model.named_parameters())
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="sparse_pass")  # the report names them: no warning that they named nothing
+        warnings.filterwarnings("error", message="sparse_pass")  # the report has them, so they are not misspelt
         actual = run(torch.compile(model, backend=backend), parameters, [x])
     expected = run(model, parameters, [x])
     torch.testing.assert_close(actual.outputs, expected.outputs)

@@ -126,14 +126,16 @@ def test_compiles_with_a_dynamic_batch(backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_backward_through_an_op_is_refused():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_through_an_op_are_refused(compiled):
     x, _, packed, _, bias = case()
-    output = sparse.linear(x.requires_grad_(), packed, bias, 128)
-    with pytest.raises(NotImplementedError, match="sparse_backend"):
-        output.sum().backward()
-    packed, _ = sparse.sparsify(torch.randn(64, 64, requires_grad=True), "optimal", dtype=torch.float16)
-    with pytest.raises(NotImplementedError, match="no_grad"):
-        packed.sum().backward()
+    call = torch.compile(sparse.linear, backend="aot_eager") if compiled else sparse.linear
+    with pytest.raises(Exception, match=r"no derivative.*no_grad"):
+        call(x.requires_grad_(), packed, bias, 128)
+    with pytest.raises(NotImplementedError, match=r"no derivative.*no_grad"):
+        sparse.sparsify(torch.randn(64, 64, requires_grad=True), "optimal", dtype=torch.float16)
+    with torch.no_grad():
+        assert not sparse.linear(x, packed, bias, 128).requires_grad
 
 
 # Errors: what is wrong, the rule, and the remedy
