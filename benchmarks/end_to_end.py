@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["default", "reduce-overhead"])
     args = parser.parse_args()
     rows = [row for name in args.models for mode in args.modes for row in measure(name, mode, args.seconds)]
-    about = "Forward, backward and fused AdamW, bfloat16, compiled; medians of CUDA events, each variant alone, there and back."
+    about = "Forward, backward and fused AdamW, bfloat16, compiled; medians of CUDA events, all variants in one run."
     save(pd.DataFrame(rows).round(3), "end_to_end", args.out, about)
 
 
