@@ -99,6 +99,7 @@ def measure(rows: int, dim: int, hidden: int, dtype: torch.dtype, mode: str, sec
         "peak w24 GiB": peak_gib(sparse),
         "kernels": " ".join(f"{s.fqn}:{s.output}/{s.grad_input}" for s in backend.report.sites),
     }
+    print(result, flush=True)
     return result
 
 

@@ -38,11 +38,10 @@ def measure(k: int, n: int, rows: int, dtype: torch.dtype, seconds: float) -> di
     steps = {"dense": lambda: dense(weight), "sparse": sparse, "masked_dense": masked}
     graphs = {name: captured(step) for name, step in steps.items()}
     times = race({name: graph.replay for name, graph in graphs.items()}, seconds)
-    gemms = [
-        tuner.timing_of(cusparselt.Problem(0, dtype, rows, *sizes), measure=True)
-        for sizes in ((n, k, True), (k, n, False))
-    ]
-    pays = sum(one.sparse_us for one in gemms) < sum(one.dense_us for one in gemms)
+    parts = [tuner.preparation_of(0, (n, k), dtype, dtype, "optimal")]
+    for sizes in ((n, k, True), (k, n, False)):
+        parts.append(tuner.timing_of(cusparselt.Problem(0, dtype, rows, *sizes), measure=True))
+    pays = sum(one.sparse_us for one in parts) < sum(one.dense_us for one in parts)
     chosen = "sparse" if pays else "masked_dense"
     return {
         "K": k,

@@ -6,7 +6,9 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from torch.fx import Node
 
+from .config import Scheme
 from .gemms import Use, aten
 
 log = logging.getLogger(__name__)
@@ -15,23 +17,32 @@ _ROWS = 8
 """The sparse kernels pad M to a multiple of 8."""
 
 
-def why_slower(uses: Sequence[Use]) -> str | None:
+def why_slower(uses: Sequence[Use], weight: Node, scheme: Scheme) -> str | None:
     """Why the sparse GEMMs of one linear lose against dense ones with the masked weight, or None if they win.
 
-    One answer for output and grad_input together: both feed on one S(W), which costs about the same packed
-    or dense, and a mixed choice would make it twice. Where M is not known at compile time the sparse kernels
-    are taken.
+    One answer for output and grad_input together: both feed on one S(W), and a mixed choice would make it twice.
+    What S(W) costs, packed or dense, is counted. Where M is not known at compile time the sparse kernels are taken.
     """
-    sparse_us = dense_us = 0.0
-    for use in uses:
-        timing = _timing(use)
-        if timing is None:
-            return None
-        sparse_us += timing[0]
-        dense_us += timing[1]
+    timings = [_timing(use) for use in uses]
+    if None in timings or not timings:
+        return None
+    timings.append(_preparation(uses[0], weight, scheme))
+    sparse_us, dense_us = (sum(times) for times in zip(*(one or (0.0, 0.0) for one in timings), strict=True))
     if sparse_us < dense_us:
         return None
-    return f"measured slower: {sparse_us:.0f} us with 2:4 kernels, {dense_us:.0f} us dense"
+    return f"measured slower: {sparse_us:.0f} us with 2:4 kernels, {dense_us:.0f} us with a dense masked weight"
+
+
+def _preparation(use: Use, weight: Node, scheme: Scheme) -> tuple[float, float] | None:
+    """GPU microseconds of making S(W), packed and as a dense masked weight."""
+    from .kernels import tuner
+
+    value, dtype = weight.meta["val"], use.operand.meta["val"].dtype
+    if value.dtype == torch.float64:
+        return None
+    device = value.device.index if value.device.index is not None else torch.cuda.current_device()
+    timing = tuner.preparation_of(device, tuple(value.shape), value.dtype, dtype, scheme.mask)
+    return timing.sparse_us, timing.dense_us
 
 
 def _timing(use: Use) -> tuple[float, float] | None:

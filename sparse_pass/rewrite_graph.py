@@ -190,7 +190,7 @@ def _rewrite_linear(rewriter: Rewriter, linear: Linear, pattern: Pattern, tune: 
     limits = device_limits(linear.weight.meta["val"].device, dtype)
     reasons = {use: why_not_sparse(use, linear.weight, scheme, limits) for use in (linear.output, *linear.grad_input)}
     sparse = [use for use, reason in reasons.items() if reason is None]
-    if sparse and tune == "auto" and scheme.backend == "auto" and (slower := why_slower(sparse)):
+    if sparse and tune == "auto" and scheme.backend == "auto" and (slower := why_slower(sparse, linear.weight, scheme)):
         reasons.update(dict.fromkeys(sparse, slower))
         sparse = []
     masked = [use for use, reason in reasons.items() if reason is not None]

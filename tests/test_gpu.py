@@ -238,14 +238,14 @@ def test_tuning_measures_once_and_changes_nothing_but_speed(tuning_folder, monke
     _check_against_masked(model, torch.compile(model, backend=backend), x, torch.bfloat16)
     (file,) = tuning_folder.glob("*.json")
     known = timings._read(file)
-    assert len(known) == 4  # two linears, output with bias and grad_input without
+    assert len(known) == 6  # two linears, output with bias, grad_input without, and the masks of two weights
     for site in backend.report.sites:
         assert site.status == "sparse" or "measured slower" in site.reason
 
     # A second process: nothing in memory, all on disk.
     timings._KNOWN.clear()
     tuner._CHOSEN.clear()
-    monkeypatch.setattr(tuner, "_measure", lambda problem: pytest.fail(f"measured {problem} again"))
+    monkeypatch.setattr(tuner, "_measured", lambda file, name, *_: pytest.fail(f"measured {name} again"))
     torch._dynamo.reset()
     again = sp.sparse_backend(CONFIG, model=model, tune="auto")
     _check_against_masked(model, torch.compile(model, backend=again), x, torch.bfloat16)

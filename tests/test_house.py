@@ -32,7 +32,7 @@ ALLOWED = {
     "prune": "config fqn legal model_names ops report",
     "model_names": "fqn legal",
     "rewriter": "config gemms legal ops",
-    "profit": "gemms kernels",
+    "profit": "config gemms kernels",
     "legal": "config gemms kernels",
     "find": "backward fqn gemms",
     "backward": "gemms",

@@ -80,6 +80,7 @@ class Plan:
         # A, B, D, the product, the algorithm, the plan. The plan points at the others: all live as long as it does.
         memory, structs = zip(*(new_struct() for _ in range(6)), strict=True)
         self._descriptor, self._plan = structs[3], structs[5]
+        self._current_stream = torch._C._cuda_getCurrentRawStream
         self._stream = ctypes.c_void_p()
         self._stream_address = ctypes.addressof(self._stream)
         self._bias = ctypes.c_void_p(None if bias is None else bias.data_ptr())
@@ -136,7 +137,7 @@ class Plan:
             workspace = _empty_strided_cuda((self.workspace_bytes,), (1,), torch.uint8)
             workspace_address = workspace.data_ptr()
         with self._lock:
-            self._stream.value = torch._C._cuda_getCurrentRawStream(problem.device)
+            self._stream.value = self._current_stream(problem.device)
             if self._bias.value != bias_address:
                 # The plan reads the pointer from its descriptor at each launch; `probe` tries that it does.
                 self._bias.value = bias_address

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -43,28 +44,48 @@ def timing_of(problem: Problem, *, measure: bool) -> Timing | None:
     found = timings.known(file).get(name)
     if found is not None or not measure:
         return found
+    # A warning, as it takes a moment that the user did not ask for; once per GPU, library version and shape.
+    return _measured(file, name, problem.device, str(problem), lambda: _race(problem))
+
+
+def preparation_of(device: int, shape: tuple[int, int], stored: torch.dtype, dtype: torch.dtype, mask: str) -> Timing:
+    """What S(W) costs, packed both ways and as a dense masked weight; measured now if it is not known.
+
+    shape: [N, K]. stored: dtype of W. dtype: of the GEMMs.
+    """
+    file = timings.path(device)
+    name = f"S(W) {mask} {str(stored).removeprefix('torch.')} to {timings.key(dtype, 0, *shape, False)}"
+    found = timings.known(file).get(name)
+    if found is not None:
+        return found
+
+    def race() -> Timing:
+        random = torch.Generator("cuda").manual_seed(0)
+        weight = torch.randn(*shape, device="cuda", dtype=stored, generator=random)
+        zero = weight.new_zeros(())
+        packed_us = _time(lambda: sparsify.sparsify(weight, mask, dtype))
+        masked_us = _time(lambda: torch.where(sparsify.mask24(weight, mask), weight, zero).to(dtype))
+        return Timing(0, packed_us, masked_us)
+
+    return _measured(file, name, device, f"the mask of a weight {list(shape)}", race)
+
+
+def _measured(file: Path, name: str, device: int, about: str, race: Callable[[], Timing]) -> Timing:
+    log.warning("sparse_pass measures the 2:4 kernels for %s (tune='off' does not)", about)
     with _MEASURING, timings.one_process_at_a_time(file):
         found = timings.known(file).get(name)
         if found is None:
-            found = _measure(problem)
+            # Perhaps while a graph is compiled, under fake tensors and autocast: it must leave no trace there.
+            with (
+                _disable_current_modes(),
+                torch.no_grad(),
+                torch.autocast("cuda", enabled=False),
+                torch.cuda.device(device),
+            ):
+                found = race()
             timings.remember(file, name, found)
+    log.info("%s: %.0f us sparse, %.0f us dense, algorithm %d", about, found.sparse_us, found.dense_us, found.algorithm)
     return found
-
-
-def _measure(problem: Problem) -> Timing:
-    # A warning, as it takes a moment that the user did not ask for; once per GPU, library version and shape.
-    log.warning("sparse_pass measures the 2:4 kernels for %s (tune='off' does not)", problem)
-    # This may run while a graph is compiled, under fake tensors and autocast, and must leave no trace there.
-    with (
-        _disable_current_modes(),
-        torch.no_grad(),
-        torch.autocast("cuda", enabled=False),
-        torch.cuda.device(problem.device),
-    ):
-        timing = _race(problem)
-    ratio = timing.dense_us / timing.sparse_us
-    log.info("%s: algorithm %d takes %.0f us, dense %.0f us (%.2fx)", problem, *timing, ratio)
-    return timing
 
 
 def _race(problem: Problem) -> Timing:
