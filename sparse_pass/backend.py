@@ -166,7 +166,9 @@ class SparseBackend:
         model = self._live_model()
         names = graph_names(graph_module, model)
         if model is not None:
-            names = replace(names, serves=guard_region(graph_module, model, self._pass.patterns))
+            region = guard_region(graph_module, model, self._pass.patterns)
+            by_input = {index: region.own(known) for index, known in names.by_input.items()}
+            names = replace(names, by_input=by_input, serves=region.serves)
         if self._inner == "aot_eager":
             _refuse_options(mode, given)
             with self._pass.seeing(names):

@@ -8,9 +8,11 @@ blocks alike. Where it does not, a guard on the block lets only blocks that are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from torch._dynamo.guards import GuardBuilder, get_verbose_code_parts
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Guard, Source, TracingContext
 from torch.fx import GraphModule
 
@@ -19,19 +21,29 @@ from .fqn import Pattern, choose, from_source, normalize
 from .model_names import linear_weights
 
 
-def guard_region(graph_module: GraphModule, model: nn.Module, patterns: Sequence[Pattern]) -> tuple[str, ...]:
-    """Guard a graph that Dynamo captured from a part of ``model``; a no-op for the whole model.
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The part of a model that a graph was captured from."""
 
-    Returns:
-        Names of the linears of the other parts that the graph may serve too.
-    """
-    region = _root_module(graph_module)
-    if region is None:
-        return ()
-    source, path, example = region
-    prefix = _prefix(model, path, example)
+    name: str = ""
+    """Of the module, in normal form; "" for the whole model."""
+    serves: tuple[str, ...] = ()
+    """Names of the linears of the other parts that the graph may serve too."""
+
+    def own(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the names of a weight that it has in this part; all of them if it has none."""
+        return tuple(name for name in names if self.name and name.startswith(self.name + ".")) or names
+
+
+def guard_region(graph_module: GraphModule, model: nn.Module, patterns: Sequence[Pattern]) -> Region:
+    """Guard a graph that Dynamo captured from a part of ``model``; a no-op for the whole model."""
+    root = _root_module(graph_module)
+    if root is None:
+        return Region()
+    source, path, example = root
+    prefix = _prefix(model, source, path, example)
     if not prefix:
-        return ()
+        return Region()
     weights = linear_weights(model)
     decisions = {name: choose(patterns, [name]) for name in weights}
     chosen = {name: pattern.scheme if pattern else None for name, pattern in decisions.items()}
@@ -47,7 +59,7 @@ def guard_region(graph_module: GraphModule, model: nn.Module, patterns: Sequence
                 served += [known for known in weights if known.startswith(normalize(name) + ".")]
     if other:
         _add_guard(source, frozenset(alike), prefix)
-    return tuple(served)
+    return Region(normalize(prefix), tuple(served))
 
 
 def _root_module(graph_module: GraphModule) -> tuple[Source, str, object] | None:
@@ -65,12 +77,23 @@ def _root_module(graph_module: GraphModule) -> tuple[Source, str, object] | None
     return None
 
 
-def _prefix(model: nn.Module, path: str, parameter: object) -> str:
-    """Name of the module that knows ``parameter`` of the model as ``path``; "" for the model itself."""
-    for name, known in model.named_parameters(remove_duplicate=False):
-        if known is parameter and name.endswith("." + path):
-            return name[: -len(path) - 1]
-    return ""
+def _prefix(model: nn.Module, source: Source, path: str, parameter: object) -> str:
+    """Name of the module that knows ``parameter`` of the model as ``path``; "" for the model itself.
+
+    Where several do, since they share it, the one that runs.
+    """
+    prefixes = [
+        name[: -len(path) - 1]
+        for name, known in model.named_parameters(remove_duplicate=False)
+        if known is parameter and name.endswith("." + path)
+    ]
+    if len(prefixes) < 2:
+        return "".join(prefixes)
+    output = InstructionTranslator.current_tx().output
+    text = source.name if isinstance(source.name, str) else source.name()
+    # A source is an expression over the frame's variables, which is how Dynamo's guards find the module too.
+    running = eval(text, {"L": output.local_scope, "G": output.global_scope})
+    return next((prefix for prefix in prefixes if model.get_submodule(prefix) is running), prefixes[0])
 
 
 def _below(prefix: str, chosen: Mapping[str, Scheme | None]) -> dict[str, Scheme | None]:

@@ -166,3 +166,18 @@ def test_fused_encoder_layer_is_an_error_where_strict() -> None:
     backend = sp.sparse_backend({"linear1": W24}, inner="aot_eager", strict=True)
     with torch.no_grad(), pytest.raises(Exception, match=r"'linear1': no matmul of this weight was found"):
         torch.compile(layer, backend=backend)(torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize("named", [0, 1])
+def test_parts_that_share_a_weight(named: int) -> None:
+    """Compiled one by one, each part has its own name for the weight."""
+    parts = [nn.Sequential(nn.Linear(16, 16)), nn.Sequential(nn.Linear(16, 16))]
+    parts[1][0].weight = parts[0][0].weight
+    model, x = nn.ModuleList(parts), torch.randn(8, 16)
+    backend = sp.sparse_backend({f"{named}.0": W24}, model=model, inner="aot_eager")
+    outputs = [torch.compile(part, backend=backend)(x) for part in parts]
+    masked = torch.where(sp.mask24(parts[0][0].weight), parts[0][0].weight, 0)
+    for index, (part, output) in enumerate(zip(parts, outputs, strict=True)):
+        weight = masked if index == named else part[0].weight
+        torch.testing.assert_close(output, nn.functional.linear(x, weight, part[0].bias))
+    assert [site.fqn for site in backend.report.sites] == [f"{named}.0"]
