@@ -23,10 +23,14 @@ def why_slower(uses: Sequence[Use], weight: Node, scheme: Scheme) -> str | None:
     One answer for output and grad_input together: both feed on one S(W), and a mixed choice would make it twice.
     What S(W) costs, packed or dense, is counted. Where M is not known at compile time the sparse kernels are taken.
     """
-    timings = [_timing(use) for use in uses]
-    if None in timings or not timings:
+    try:
+        timings = [_timing(use) for use in uses]
+        if None in timings or not timings:
+            return None
+        timings.append(_preparation(uses[0], weight, scheme))
+    except RuntimeError as error:  # out of memory, or a library that refuses: training goes on with the default
+        log.warning("the 2:4 kernels could not be measured (%s): the default ones are used", error)
         return None
-    timings.append(_preparation(uses[0], weight, scheme))
     sparse_us, dense_us = (sum(times) for times in zip(*(one or (0.0, 0.0) for one in timings), strict=True))
     if sparse_us < dense_us:
         return None
@@ -63,9 +67,5 @@ def _timing(use: Use) -> tuple[float, float] | None:
     device = value.device.index if value.device.index is not None else torch.cuda.current_device()
     bias = use.gemm.target is aten.addmm.default
     problem = Problem(device, value.dtype, m + -m % _ROWS, n, k, bias)
-    try:
-        timing = timing_of(problem, measure=True)
-    except RuntimeError as error:  # out of memory, or a library that refuses: training goes on with the default
-        log.warning("%s could not be measured (%s): the default algorithm is used", problem, error)
-        return None
+    timing = timing_of(problem, measure=True)
     return None if timing is None else (timing.sparse_us, timing.dense_us)

@@ -113,7 +113,7 @@ def _read(file: Path) -> dict[str, Timing]:
         }
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         _log_once(f"cannot read {file} ({type(error).__name__}: {error}): its shapes are measured again")
         return {}
 

@@ -34,6 +34,10 @@ _CALLS = 4
 _MEASURING = threading.Lock()
 
 
+def _candidates() -> tuple[int, ...]:
+    return CANDIDATES.get(version()[:2], (0,))
+
+
 def timing_of(problem: Problem, *, measure: bool) -> Timing | None:
     """What is known of a problem, measured now if it is not and ``measure`` is set; None if it is not known.
 
@@ -42,9 +46,10 @@ def timing_of(problem: Problem, *, measure: bool) -> Timing | None:
     file = timings.path(problem.device)
     name = timings.key(*problem[1:])
     found = timings.known(file).get(name)
+    if found is not None and found.algorithm not in _candidates():
+        found = None  # of an older version of this file, or edited: an id that is not tried here may do anything
     if found is not None or not measure:
         return found
-    # A warning, as it takes a moment that the user did not ask for; once per GPU, library version and shape.
     return _measured(file, name, problem.device, str(problem), lambda: _race(problem))
 
 
@@ -71,10 +76,11 @@ def preparation_of(device: int, shape: tuple[int, int], stored: torch.dtype, dty
 
 
 def _measured(file: Path, name: str, device: int, about: str, race: Callable[[], Timing]) -> Timing:
-    log.warning("sparse_pass measures the 2:4 kernels for %s (tune='off' does not)", about)
     with _MEASURING, timings.one_process_at_a_time(file):
         found = timings.known(file).get(name)
-        if found is None:
+        if found is None or found.algorithm not in _candidates():
+            # A warning, as it takes a moment that the user did not ask for; once per GPU, library version and shape.
+            log.warning("sparse_pass measures the 2:4 kernels for %s (tune='off' does not)", about)
             # Perhaps while a graph is compiled, under fake tensors and autocast: it must leave no trace there.
             with (
                 _disable_current_modes(),
@@ -104,7 +110,7 @@ def _race(problem: Problem) -> Timing:
     first = Plan(problem, 0, bias)
     expected = first(input, packed, bias)
     plans = {0: first}
-    for algorithm in CANDIDATES.get(version()[:2], (0,)):
+    for algorithm in _candidates():
         if algorithm in plans or algorithm >= first.algorithms:
             continue
         try:
@@ -174,7 +180,14 @@ def _choose(problem: Problem, bias: Tensor | None) -> Plan:
             timing = timing_of(problem._replace(m=_grid(problem.m)), measure=not capturing)
         except RuntimeError as error:
             log.warning("%s could not be measured (%s): the default algorithm is used", problem, error)
-    plan = cusparselt.plan_for(problem, None if timing is None else timing.algorithm, bias)
+    try:
+        plan = cusparselt.plan_for(problem, None if timing is None else timing.algorithm, bias)
+    except RuntimeError as error:
+        if timing is None:
+            raise
+        # Chosen for another number of rows: ids are not promised for every shape.
+        log.warning("%s: the default algorithm is used", error)
+        plan = cusparselt.plan_for(problem, None, bias)
     if not capturing:
         cusparselt.remember(_CHOSEN, problem, plan)
     return plan
