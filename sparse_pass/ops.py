@@ -9,6 +9,10 @@ backward. The CPU kernels are the reference and use the byte layout of the GPU k
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
@@ -39,14 +43,6 @@ def mask24(weight: Tensor, mask: str = "optimal") -> Tensor:
 # call fails while it is traced.
 
 
-def _check_no_grad(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise NotImplementedError(
-            "sparse_pass ops have no derivative: the pass puts them into graphs that already hold their backward. "
-            "Train through sparse_pass.sparse_backend, or call them under torch.no_grad()"
-        )
-
-
 def _check_mask_args(weight: Tensor, mask: str) -> None:
     if mask not in reference.MASKS:
         raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(reference.MASKS)}")
@@ -67,7 +63,6 @@ def _check_dims(weight: Tensor, multiple: int, remedy: str) -> None:
 
 def _check_sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None) -> torch.dtype:
     """Raise for what cannot be packed, and return the dtype of the packed values."""
-    _check_no_grad(weight)
     _check_mask_args(weight, mask)
     _check_dims(weight, 64, "use the masked dense weight, weight * mask24(weight)")
     if weight.numel() == 0:
@@ -82,7 +77,6 @@ def _check_sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None) -> tor
 
 
 def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> None:
-    _check_no_grad(input, bias)
     if input.dim() != 2 or packed.dim() != 1 or packed.numel() * 16 != out_features * input.shape[1] * 9:
         raise ValueError(
             f"input {list(input.shape)} and packed {list(packed.shape)} do not fit out_features={out_features}: input "
@@ -99,12 +93,55 @@ def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_featur
         )
 
 
+# Autograd. The ops have no derivative, for which torch's default is a warning and missing gradients. A Python function
+# under the autograd key that refuses would double the host time of every call, so the kernels refuse by themselves:
+# when a gradient comes back, or while a graph with one is traced.
+
+_NO_DERIVATIVE = (
+    "sparse_pass ops have no derivative: the pass puts them into graphs that already hold their backward. Train through"
+    " sparse_pass.sparse_backend, or call them under torch.no_grad()"
+)
+
+
+def _refuse_to_trace(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors):
+        raise NotImplementedError(_NO_DERIVATIVE)
+
+
+class _Refusal(torch.autograd.Function):
+    """The result as it is; an error where a gradient is to be propagated through it."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, *sources: Tensor) -> Tensor:
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(_NO_DERIVATIVE)
+
+
+def _forward_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(kernel)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        sources = [one for one in args if isinstance(one, Tensor) and one.requires_grad]
+        if not sources or not torch.is_grad_enabled():
+            return kernel(*args, **kwargs)
+        with torch.no_grad():
+            results = kernel(*args, **kwargs)
+        if isinstance(results, Tensor):
+            return _Refusal.apply(results, *sources)  # type: ignore[no-untyped-call]
+        return tuple(_Refusal.apply(one, *sources) for one in results)  # type: ignore[no-untyped-call]
+
+    return call
+
+
 # Fakes
 
 
 @torch.library.register_fake("sparse_pass::sparsify", lib=_LIBRARY)
 def _sparsify_fake(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     packed_dtype = _check_sparsify(weight, mask, dtype)
+    _refuse_to_trace(weight)
     numel = weight.shape[0] * weight.shape[1] * 9 // 16
     return weight.new_empty(numel, dtype=packed_dtype), weight.new_empty(numel, dtype=packed_dtype)
 
@@ -114,6 +151,7 @@ def _linear_fake(
     input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
 ) -> Tensor:
     _check_linear(input, packed, bias, out_features)
+    _refuse_to_trace(input, bias)
     return input.new_empty(input.shape[0], out_features)
 
 
@@ -127,11 +165,13 @@ def _mask24_fake(weight: Tensor, mask: str) -> Tensor:
 
 
 @torch.library.impl(_LIBRARY, "sparsify", "CPU")
+@_forward_only
 def _sparsify_cpu(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     return reference.sparsify(weight, mask, _check_sparsify(weight, mask, dtype))
 
 
 @torch.library.impl(_LIBRARY, "linear", "CPU")
+@_forward_only
 def _linear_cpu(
     input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
 ) -> Tensor:
@@ -149,11 +189,13 @@ def _mask24_cpu(weight: Tensor, mask: str) -> Tensor:
 
 
 @torch.library.impl(_LIBRARY, "sparsify", "CUDA")
+@_forward_only
 def _sparsify_cuda(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     return cuda_ops.sparsify(weight, mask, _check_sparsify(weight, mask, dtype))
 
 
 @torch.library.impl(_LIBRARY, "linear", "CUDA")
+@_forward_only
 def _linear_cuda(
     input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
 ) -> Tensor:
@@ -166,9 +208,6 @@ def _mask24_cuda(weight: Tensor, mask: str) -> Tensor:
     _check_mask_args(weight, mask)
     return cuda_ops.mask24(weight, mask)
 
-
-# Autograd. torch's default for an op without a derivative is a warning and missing gradients; a Python function under
-# its autograd key that refuses would double the host time of every call. So the ops refuse by themselves (`_check_*`).
 
 for _op in ("sparsify", "linear"):
     _LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")

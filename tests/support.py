@@ -334,7 +334,7 @@ def check_invariants(graph: Graph | GraphModule, before: GraphFacts | None = Non
         assert "val" in node.meta, f"{node} has no meta['val']"
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         mode = _fake_mode(node)
-        with mode if mode is not None else nullcontext():
+        with mode if mode is not None else nullcontext(), torch.no_grad():
             value = node.target(*args, **kwargs)
         pairs = zip(tree_leaves(value), tree_leaves(node.meta["val"]), strict=True)
         wrong = [text for now, then in pairs if (text := _difference(now, then, strides=True))]

@@ -126,16 +126,25 @@ def test_compiles_with_a_dynamic_batch(backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_through_an_op_are_refused(compiled):
+@pytest.mark.parametrize("backend", ["none", "eager", "aot_eager"])
+def test_backward_through_an_op_is_refused(backend):
     x, _, packed, _, bias = case()
-    call = torch.compile(sparse.linear, backend="aot_eager") if compiled else sparse.linear
-    with pytest.raises(Exception, match=r"no derivative.*no_grad"):
-        call(x.requires_grad_(), packed, bias, 128)
-    with pytest.raises(NotImplementedError, match=r"no derivative.*no_grad"):
-        sparse.sparsify(torch.randn(64, 64, requires_grad=True), "optimal", dtype=torch.float16)
+    call = sparse.linear if backend == "none" else torch.compile(sparse.linear, backend=backend)
+    with pytest.raises(Exception, match=r"no derivative.*sparse_backend"):  # aot_eager traces the backward at once
+        call(x.requires_grad_(), packed, bias, 128).sum().backward()
     with torch.no_grad():
-        assert not sparse.linear(x, packed, bias, 128).requires_grad
+        assert not call(x, packed, bias, 128).requires_grad
+
+
+def test_forward_of_tensors_that_require_gradients():
+    """As in an exported program, which holds parameters."""
+    x, _, packed, _, bias = case()
+    output = sparse.linear(x.requires_grad_(), packed, bias, 128)
+    assert torch.equal(output, sparse.linear(x.detach(), packed, bias, 128))
+    packed, packed_t = sparse.sparsify(torch.randn(64, 64, requires_grad=True), "optimal", dtype=torch.float16)
+    for result in (packed, packed_t):
+        with pytest.raises(NotImplementedError, match=r"no_grad"):
+            result.sum().backward()
 
 
 # Errors: what is wrong, the rule, and the remedy
