@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, get_args
 
 Mask: TypeAlias = Literal["optimal", "greedy"]
-GradWeight: TypeAlias = Literal["dense", "masked"]
+GradWeight: TypeAlias = Literal["dense", "masked", "mvue"]
 Backend: TypeAlias = Literal["auto", "cusparselt", "masked_dense"]
 
 Tune: TypeAlias = Literal["auto", "off"]
@@ -45,7 +45,9 @@ class WeightSparsity:
     ``"greedy"``: largest magnitudes first (torch core's ``largest_abs_values_greedy``), may keep fewer."""
 
     grad_weight: GradWeight = "dense"
-    """``"dense"``: straight-through. ``"masked"``: the gradient of masked-out weights is zero."""
+    """``"dense"``: straight-through. ``"masked"``: the gradient of masked-out weights is zero. ``"mvue"``:
+    straight-through with a 2:4 ``grad_output.T``, drawn anew in every step so that the expectation is the dense
+    gradient and the variance is the least possible (Chmiel et al. 2023); ``torch.manual_seed`` reproduces it."""
 
     decay: float = 0.0
     """Masked decay of SR-STE (Zhou et al. 2021): adds ``decay * weight`` to the gradient of the weights

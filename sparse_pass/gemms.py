@@ -62,6 +62,9 @@ MOVES = frozenset(
 )
 
 
+_FLIPS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """A GEMM that reads the weight: ``gemm`` reads ``operand``, which ``chain`` made from the weight.
@@ -72,6 +75,15 @@ class Use:
     gemm: Node
     operand: Node
     chain: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GradWeight:
+    """The GEMM of grad_weight: ``mm(grad_output.T, input)``, or its transpose ``mm(input.T, grad_output)``."""
+
+    gemm: Node
+    place: Literal[0, 1]
+    """Which operand is that of grad_output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +102,8 @@ class Linear:
     """Gradient of ``output.operand``, before it is brought to the layout of the weight."""
     grad_output: int | None = None
     """Position of the weight's gradient among the outputs of the graph."""
+    grad_weight: GradWeight | None = None
+    """What made ``grad_operand``, where it is one matmul."""
     unplaced: str = ""
     """What of the backward was expected and not found."""
     ambiguous: str = ""
@@ -140,6 +154,25 @@ def operands(gemm: Node) -> Iterator[tuple[Use, Node, Layout]]:
 
 def is_move(node: Node) -> bool:
     return node.op == "call_function" and (node.target is operator.getitem or packet_name(node) in MOVES)
+
+
+def is_flip(node: Node) -> bool:
+    """Whether a node transposes a matrix."""
+    if node.target not in _FLIPS:
+        return False
+    dims = node.args[1:]
+    return dims in (
+        (),
+        ([1, 0],),
+        ([-1, 0],),
+        ([-1, -2],),
+        (0, 1),
+        (1, 0),
+        (-1, -2),
+        (-2, -1),
+        (0, -1),
+        (-1, 0),
+    )
 
 
 def trace(operand: Node) -> tuple[Node, tuple[Node, ...]]:

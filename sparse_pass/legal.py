@@ -12,17 +12,18 @@ import torch
 from torch.fx import Node
 
 from .config import Scheme
-from .gemms import Linear, Use, aten
+from .gemms import Linear, Use, aten, is_flip, trace
 
 TILE = 4
 """Masks are chosen in tiles of 4x4: both dims of a weight must be multiples of 4."""
 KERNEL_TILE = 64
 """The packed layout is made of tiles of 64x64: N and K of a sparse GEMM must be multiples of 64."""
+GRAD_TILE = 16
+"""K of a 2:4 gradient's GEMM, whose sparse operand is [N, M], must be a multiple of 16: a limit of cuSPARSELt."""
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
 """Sparse tensor cores came with SM80 (A100)."""
 
-_FLIPS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
 _KEEPS = frozenset(
     {
         aten.clone.default,
@@ -93,6 +94,37 @@ def why_not_sparse(use: Use, weight: Node, scheme: Scheme, limits: Limits) -> st
     return _why_no_device(scheme, limits) or _why_no_call(use) or _why_no_kernel(use, weight)
 
 
+def why_dense_gradient(linear: Linear) -> str | None:
+    """Why grad_weight cannot be computed from a 2:4 grad_output at all, on any device."""
+    if linear.grad_weight is not None:
+        return None
+    if linear.grad_operand is None:
+        found = linear.unplaced if linear.unplaced.startswith("grad_weight") else ""
+        return found or "grad_weight: not found in the graph; left as captured"
+    source = trace(linear.grad_operand)[0]
+    return f"grad_weight: the graph has it as {source.target}, not as one matmul of grad_output and input; left dense"
+
+
+def why_not_sparse_gradient(linear: Linear, scheme: Scheme, limits: Limits) -> str | None:
+    """Why the GEMM of a 2:4 grad_output gets no sparse kernel. It is computed with the same numbers, dense."""
+    if scheme.backend == "masked_dense":
+        return "backend='masked_dense' was asked for"
+    no_device = _why_no_device(scheme, limits)
+    if no_device is not None:
+        return no_device
+    if limits.device == "cuda":
+        return "2:4 gradients have no kernels on cuda yet"
+    assert linear.grad_weight is not None
+    dtype = linear.grad_weight.gemm.meta["val"].dtype
+    if dtype not in KERNEL_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} has no 2:4 kernels, only float16 and bfloat16"
+    rows, cols = linear.grad_weight.gemm.meta["val"].shape
+    n, k = (rows, cols) if linear.grad_weight.place == 0 else (cols, rows)
+    if n % KERNEL_TILE or k % GRAD_TILE:
+        return f"N and K are {n} and {k}: a 2:4 gradient needs multiples of {KERNEL_TILE} and {GRAD_TILE}"
+    return None
+
+
 def _why_no_device(scheme: Scheme, limits: Limits) -> str | None:
     if limits.device == "cpu" and scheme.backend == "cusparselt":
         return None  # the reference kernels
@@ -113,7 +145,7 @@ def _why_no_call(use: Use) -> str | None:
         return "the weight is the left operand of the matmul"
     if any(factor != 1 for factor in gemm.kwargs.values()):
         return f"addmm with {dict(gemm.kwargs)} has no sparse kernel"
-    others = [str(node.target) for node in use.chain if node.target not in _KEEPS and not _is_flip(node)]
+    others = [str(node.target) for node in use.chain if node.target not in _KEEPS and not is_flip(node)]
     if others:
         return f"the GEMM reads the weight through {', '.join(others)}"
     return None
@@ -129,28 +161,10 @@ def _why_no_kernel(use: Use, weight: Node) -> str | None:
     return None
 
 
-def _is_flip(node: Node) -> bool:
-    if node.target not in _FLIPS:
-        return False
-    dims = node.args[1:]
-    return dims in (
-        (),
-        ([1, 0],),
-        ([-1, 0],),
-        ([-1, -2],),
-        (0, 1),
-        (1, 0),
-        (-1, -2),
-        (-2, -1),
-        (0, -1),
-        (-1, 0),
-    )
-
-
 def reads_rows(use: Use) -> bool:
     """Whether the GEMM contracts over the columns of the stored weight, as ``linear(input, weight)`` does.
 
     Then it takes ``packed``; otherwise ``packed_t``. Only for uses that `why_not_sparse` let pass.
     """
-    transposed = sum(_is_flip(node) for node in use.chain) % 2 == 1
+    transposed = sum(is_flip(node) for node in use.chain) % 2 == 1
     return not transposed if use.gemm.target is aten.linear.default else transposed

@@ -3,6 +3,7 @@
     sparsify: W [N, K] -> S(W) and S(W)^T, packed       linear: X [M, K], packed -> X S(W)^T + b  [M, N]
     mask24:   W [N, K] -> bool [N, K]
 
+`grad_ops` has those of 2:4 gradients.
 All are functional and take any strides. They have no derivative: the pass rewrites graphs that already hold their
 backward. The CPU kernels are the reference and use the byte layout of the GPU kernels (`reference.pack`).
 """
@@ -162,7 +163,8 @@ def _mask24_cuda(weight: Tensor, mask: str) -> Tensor:
 # Autograd: torch's default for an op without a derivative is a warning and missing gradients.
 
 
-def _no_derivative(ctx: object, *grads: Tensor) -> NoReturn:
+def no_derivative(ctx: object, *grads: Tensor) -> NoReturn:
+    """The backward of every op of ours."""
     raise NotImplementedError(
         "sparse_pass ops have no derivative: the pass puts them into graphs that already hold their backward. Train "
         "through sparse_pass.sparse_backend, or call them under torch.no_grad()"
@@ -170,6 +172,6 @@ def _no_derivative(ctx: object, *grads: Tensor) -> NoReturn:
 
 
 for _op in ("sparsify", "linear"):
-    torch.library.register_autograd(f"sparse_pass::{_op}", _no_derivative, lib=_LIBRARY)
+    torch.library.register_autograd(f"sparse_pass::{_op}", no_derivative, lib=_LIBRARY)
 
 _OPS = torch.ops.sparse_pass
