@@ -115,7 +115,9 @@ class Rewriter:
             lambda: self._edit.call_before(before, sparse_ops.sparsify.default, (weight, scheme.mask), cast),
         )
         packed = self._edit.once(("packed", *key), lambda: self._edit.call_before(before, operator.getitem, (both, 0)))
-        packed_t = self._edit.once(("packed_t", *key), lambda: self._edit.call_before(before, operator.getitem, (both, 1)))
+        packed_t = self._edit.once(
+            ("packed_t", *key), lambda: self._edit.call_before(before, operator.getitem, (both, 1))
+        )
         return packed, packed_t
 
     def _sparse(self, weight: Node, scheme: Scheme, use: Use) -> None:

@@ -66,7 +66,7 @@ def test_uniform() -> None:
         assert numbers.dtype is torch.float32
         assert numbers.tolist() == [float(uniform(key, counter)) for counter in COUNTERS]
     many = reference_mvue.uniform(seed(3), torch.arange(100_000))
-    assert 0 <= many.min()
+    assert many.min() >= 0
     assert many.max() < 1
     counts = torch.histc(many, bins=50, min=0, max=1)
     assert (counts - 2000).abs().max() < 5 * 2000**0.5
@@ -254,9 +254,7 @@ def by_hand(group: np.ndarray, u: np.float32) -> tuple[list[bool], np.ndarray]:
     starts = [f(0), *ends[:3]]
     if not ends[3] < INF:
         return [True, True, False, False], np.array([NAN, NAN, 0, 0], dtype=f)
-    kept = [
-        bool(sure[i] or starts[i] <= t < ends[i] or f(starts[i] - h) <= t < f(ends[i] - h)) for i in range(4)
-    ]
+    kept = [bool(sure[i] or starts[i] <= t < ends[i] or f(starts[i] - h) <= t < f(ends[i] - h)) for i in range(4)]
     values = [group[i] if sure[i] else f(np.copysign(h, group[i])) for i in range(4)]
     return kept, np.where(kept, values, f(0)).astype(f)
 
