@@ -82,7 +82,7 @@ def choose(group: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         sure_i = a_i > rest_i                                       kept for certain, with its value
         b_i    = 0 if sure_i else a_i
         e_0 = b_0, e_1 = e_0 + b_1, e_2 = e_1 + b_2, e_3 = e_2 + b_3
-        h      = e_3 if any is sure, else e_3 * 0.5                 so p_i = b_i / h, and a kept value is h, signed as g_i
+        h      = e_3 if any is sure, else e_3 * 0.5                 p_i = b_i / h: kept values are h, signed as g_i
         t      = u * h
 
     the interval [e_(i-1), e_i) has the length p_i h, and elements are kept whose interval holds t or t + h (systematic
