@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .gemms import MOVES, GradWeight, Linear, Use, aten, is_move, operands, packet_name, trace, weight_places
+from .gemms import MOVES, GradWeight, Linear, Use, aten, is_move, made_by, operands, packet_name, trace, weight_places
 
 # What stands between a GEMM's gradient and the gradient output of its weight.
 _GRAD_MOVES = MOVES | frozenset(
@@ -178,7 +178,7 @@ def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
 
 def _grad_weight(operand: Node, backward: set[Node]) -> GradWeight | None:
     """The matmul that made a gradient, if it is one of something from outside and something of the forward."""
-    gemm, _ = trace(operand)
+    gemm = made_by(operand)
     if gemm.target is not aten.mm.default:
         return None
     left, right = (source in backward for source in gemm.args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from .gemms import aten, is_flip
+from .gemms import aten, is_flip, is_move
 
 # Values of one node, not of what replaces it; all other metadata (module stack, seq_nr, partitioner and
 # recompute tags) must come along, or the partitioner and checkpointing misplace the new node.
@@ -26,6 +26,8 @@ class Editor:
         """Places in the graph as it was captured."""
         self.made: dict[Any, Node] = {}
         """What was made once, by what it is."""
+        self.outdated: list[Node] = []
+        """Nodes of the captured graph that may have lost their users."""
         self._mode = mode
 
     def once(self, key: Any, make: Callable[[], Node]) -> Node:
@@ -71,6 +73,14 @@ class Editor:
             return source
         return self.call_before(before, aten.permute.default, (matrix, [1, 0]))
 
+    def replay(self, chain: Sequence[Node], old: Node, new: Node, before: Node) -> Node:
+        """Run the moves of ``chain``, the first of which reads ``old``, on ``new``."""
+        for node in chain:
+            source, target = old, new
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: target if n is source else n)  # noqa: B023
+            old, new = node, self.call_before(before, node.target, args, kwargs, like=node)
+        return new
+
     def laid_out(self, mask: Node, value: Node, before: Node, *, like: Node) -> Node:
         """The mask in the memory order of ``value``.
 
@@ -90,8 +100,15 @@ class Editor:
             mask = self.call_before(before, target, (mask, *args), kwargs, like=like)
         return mask
 
-    def clean(self, old: list[Node]) -> None:
-        """Erase what the rewrites left without users, of ``old`` and of what was made once."""
-        for node in reversed(list(dict.fromkeys([*old, *self.made.values()]))):
+    def erase_unused(self, node: object) -> None:
+        """Erase a call that nothing reads any more, and the moves that led to it alone."""
+        while isinstance(node, Node) and is_move(node) and not node.users:
+            source = node.args[0]
+            self.graph.erase_node(node)
+            node = source
+
+    def clean(self) -> None:
+        """Erase what the rewrites left without users, of what is outdated and of what was made once."""
+        for node in reversed(list(dict.fromkeys([*self.outdated, *self.made.values()]))):
             if not node.users and not node._erased:
                 self.graph.erase_node(node)

@@ -49,8 +49,7 @@ def rewrite_grad_weight(edit: Editor, grad_weight: GradWeight, *, sparse: bool) 
     else:
         kept = edit.call_before(gemm, sparse_ops.mvue24.default, (grad_output, seed))
         gemm.update_arg(place, edit.flipped(kept, gemm) if place == 0 else kept)
-    if not operand.users:
-        edit.graph.erase_node(operand)
+    edit.erase_unused(operand)
 
 
 def _multiply_sparse(edit: Editor, grad_weight: GradWeight, grad_output: Node, seed: Node) -> None:
@@ -67,5 +66,4 @@ def _multiply_sparse(edit: Editor, grad_weight: GradWeight, grad_output: Node, s
         result = edit.call_before(gemm, aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
     gemm.replace_all_uses_with(result)
     edit.graph.erase_node(gemm)
-    if not other.users:
-        edit.graph.erase_node(other)
+    edit.erase_unused(other)

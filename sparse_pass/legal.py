@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .config import Scheme
-from .gemms import Linear, Use, aten, is_flip, trace
+from .config import ActivationSparsity, Scheme, WeightSparsity, input_scheme, weight_scheme
+from .gemms import Linear, Use, aten, input_of, is_flip, made_by
 
 TILE = 4
 """Masks are chosen in tiles of 4x4: both dims of a weight must be multiples of 4."""
@@ -63,8 +63,8 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     return Limits(device="cuda", capability=capability, unavailable=availability(device, dtype))
 
 
-def why_skipped(linear: Linear) -> str | None:
-    """Why the linear cannot be made 2:4 sparse at all, on any device."""
+def why_skipped(linear: Linear, scheme: Scheme) -> str | None:
+    """Why the linear cannot be made 2:4 sparse at all, on any device. Of two schemes both must be possible."""
     if linear.ambiguous:
         return linear.ambiguous
     weight = linear.weight.meta["val"]
@@ -72,7 +72,25 @@ def why_skipped(linear: Linear) -> str | None:
         return f"the weight has shape {list(weight.shape)}: 2:4 masks are defined for 2-D weights"
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"the weight is {weight.dtype}: expected float16, bfloat16, float32 or float64"
-    return why_shape_skipped(weight.shape)
+    reason = None
+    if weight_scheme(scheme) is not None:
+        reason = why_shape_skipped(weight.shape)
+    if input_scheme(scheme) is not None:
+        reason = reason or _why_input_skipped(linear)
+    return reason
+
+
+def _why_input_skipped(linear: Linear) -> str | None:
+    input = input_of(linear.output)
+    if input is None:
+        return "the graph has no input of the matmul"
+    value = input.node.meta["val"]
+    k = value.shape[-1 if input.k_last else -2]
+    if not isinstance(k, int) or k % TILE or k == 0:
+        return f"the input has {k} features: 2:4 needs a multiple of {TILE}; leave the layer dense (map it to None)"
+    if not value.is_floating_point() or value.element_size() < 2:
+        return f"the input is {value.dtype}: expected float16, bfloat16, float32 or float64"
+    return None
 
 
 def why_shape_skipped(shape: torch.Size) -> str | None:
@@ -87,7 +105,7 @@ def why_shape_skipped(shape: torch.Size) -> str | None:
     return None
 
 
-def why_not_sparse(use: Use, weight: Node, scheme: Scheme, limits: Limits) -> str | None:
+def why_not_sparse(use: Use, weight: Node, scheme: WeightSparsity, limits: Limits) -> str | None:
     """Why one GEMM gets no sparse kernel. It is computed with the masked weight all the same."""
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
@@ -101,11 +119,11 @@ def why_dense_gradient(linear: Linear) -> str | None:
     if linear.grad_operand is None:
         found = linear.unplaced if linear.unplaced.startswith("grad_weight") else ""
         return found or "grad_weight: not found in the graph; left as captured"
-    source = trace(linear.grad_operand)[0]
+    source = made_by(linear.grad_operand)
     return f"grad_weight: the graph has it as {source.target}, not as one matmul of grad_output and input; left dense"
 
 
-def why_not_sparse_gradient(linear: Linear, scheme: Scheme, limits: Limits) -> str | None:
+def why_not_sparse_gradient(linear: Linear, scheme: WeightSparsity, limits: Limits) -> str | None:
     """Why the GEMM of a 2:4 grad_output gets no sparse kernel. It is computed with the same numbers, dense."""
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
@@ -125,7 +143,14 @@ def why_not_sparse_gradient(linear: Linear, scheme: Scheme, limits: Limits) -> s
     return None
 
 
-def _why_no_device(scheme: Scheme, limits: Limits) -> str | None:
+def why_not_sparse_input(scheme: ActivationSparsity, limits: Limits) -> str:
+    """Why the GEMMs of a 2:4 input get no sparse kernel. They are computed with the masked input all the same."""
+    if scheme.backend == "masked_dense":
+        return "backend='masked_dense' was asked for"
+    return _why_no_device(scheme, limits) or "2:4 inputs have no kernels yet"
+
+
+def _why_no_device(scheme: WeightSparsity | ActivationSparsity, limits: Limits) -> str | None:
     if limits.device == "cpu" and scheme.backend == "cusparselt":
         return None  # the reference kernels
     if limits.device != "cuda" or limits.capability is None:

@@ -1,7 +1,7 @@
 """The operators of the rewritten graphs, `torch.ops.sparse_pass.*`: schema, fake, CPU, CUDA, in this order.
 
     sparsify: W [N, K] -> S(W) and S(W)^T, packed       linear: X [M, K], packed -> X S(W)^T + b  [M, N]
-    mask24:   W [N, K] -> bool [N, K]
+    mask24:   W [N, K] -> bool [N, K]                   input_mask24: X [..., K] -> bool [..., K]
 
 `grad_ops` has those of 2:4 gradients.
 All are functional and take any strides. They have no derivative: the pass rewrites graphs that already hold their
@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from . import cuda_ops, reference
+from . import cuda_ops, reference, reference_activation
 
 PACKED_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -24,6 +24,7 @@ for _schema in (
     "sparsify(Tensor weight, str mask, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
     "linear(Tensor input, Tensor packed, Tensor? bias, SymInt out_features, *, bool tuned=False) -> Tensor",
     "mask24(Tensor weight, str mask) -> Tensor",
+    "input_mask24(Tensor input, str mask) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -51,6 +52,20 @@ def _check_mask_args(weight: Tensor, mask: str) -> None:
             "convert the weight first"
         )
     _check_dims(weight, 4, "pad the weight with zeros or leave the layer dense")
+
+
+def _check_input_mask_args(input: Tensor, mask: str) -> None:
+    if mask not in reference_activation.MASKS:
+        raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(reference_activation.MASKS)}")
+    if not input.dtype.is_floating_point or input.dtype.itemsize == 1:
+        raise ValueError(
+            f"a 2:4 mask compares magnitudes and takes float16, bfloat16, float32 or float64, not {input.dtype}; "
+            "convert the input first"
+        )
+    if input.dim() == 0 or input.shape[-1] % 4:
+        raise ValueError(
+            f"a 2:4 input must be [..., K] with K a multiple of 4, not {list(input.shape)}; leave it dense"
+        )
 
 
 def _check_dims(weight: Tensor, multiple: int, remedy: str) -> None:
@@ -116,6 +131,12 @@ def _mask24_fake(weight: Tensor, mask: str) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.bool)
 
 
+@torch.library.register_fake("sparse_pass::input_mask24", lib=_LIBRARY)
+def _input_mask24_fake(input: Tensor, mask: str) -> Tensor:
+    _check_input_mask_args(input, mask)
+    return input.new_empty(input.shape, dtype=torch.bool)
+
+
 # CPU
 
 
@@ -138,6 +159,12 @@ def _mask24_cpu(weight: Tensor, mask: str) -> Tensor:
     return reference.mask24(weight, mask)
 
 
+@torch.library.impl(_LIBRARY, "input_mask24", "CPU")
+def _input_mask24_cpu(input: Tensor, mask: str) -> Tensor:
+    _check_input_mask_args(input, mask)
+    return reference_activation.input_mask24(input, mask)
+
+
 # CUDA
 
 
@@ -158,6 +185,12 @@ def _linear_cuda(
 def _mask24_cuda(weight: Tensor, mask: str) -> Tensor:
     _check_mask_args(weight, mask)
     return cuda_ops.mask24(weight, mask)
+
+
+@torch.library.impl(_LIBRARY, "input_mask24", "CUDA")
+def _input_mask24_cuda(input: Tensor, mask: str) -> Tensor:
+    _check_input_mask_args(input, mask)
+    return reference_activation.input_mask24(input, mask, cuda_ops.mask24)
 
 
 # Autograd: torch's default for an op without a derivative is a warning and missing gradients.

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from .config import Scheme
+from .config import Scheme, scheme_text
 
 Status: TypeAlias = Literal["sparse", "masked_dense", "skipped"]
 Dim: TypeAlias = "int | torch.SymInt | str"
@@ -73,7 +73,7 @@ class Report:
                 [
                     (
                         site.fqn,
-                        str(site.scheme),
+                        scheme_text(site.scheme),
                         ", ".join(map(str, site.shape)),
                         site.status,
                         site.output or "-",

@@ -28,7 +28,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
-from .config import Scheme
+from .config import WeightSparsity
 from .editor import Editor
 from .gemms import Linear, Use, aten
 from .legal import reads_rows
@@ -51,7 +51,7 @@ class Rewriter:
         # Before which place of the original graph a mask or masked weight was made.
         self._made_at: dict[Node, int] = {}
 
-    def rewrite(self, linear: Linear, scheme: Scheme, sparse: Iterable[Use], masked: Iterable[Use]) -> None:
+    def rewrite(self, linear: Linear, scheme: WeightSparsity, sparse: Iterable[Use], masked: Iterable[Use]) -> None:
         """Rewrite one call of a linear.
 
         Args:
@@ -88,7 +88,7 @@ class Rewriter:
         for use in sparse:
             self._sparse(weight, scheme, use)
 
-    def _mask(self, weight: Node, scheme: Scheme, before: Node) -> Node:
+    def _mask(self, weight: Node, scheme: WeightSparsity, before: Node) -> Node:
         mask = self._edit.once(
             ("mask", weight, scheme.mask),
             lambda: self._edit.call_before(before, sparse_ops.mask24.default, (weight, scheme.mask)),
@@ -106,7 +106,7 @@ class Rewriter:
         self._made_at.setdefault(masked, self._edit.order[before])
         return masked
 
-    def _packed(self, weight: Node, scheme: Scheme, dtype: torch.dtype, before: Node) -> tuple[Node, Node]:
+    def _packed(self, weight: Node, scheme: WeightSparsity, dtype: torch.dtype, before: Node) -> tuple[Node, Node]:
         # The mask is chosen on the weight as stored, also where autocast feeds the GEMM a rounded copy.
         cast = {} if weight.meta["val"].dtype == dtype else {"dtype": dtype}
         key = (weight, scheme.mask, dtype)
@@ -120,7 +120,7 @@ class Rewriter:
         )
         return packed, packed_t
 
-    def _sparse(self, weight: Node, scheme: Scheme, use: Use) -> None:
+    def _sparse(self, weight: Node, scheme: WeightSparsity, use: Use) -> None:
         gemm = use.gemm
         packed, packed_t = self._packed(weight, scheme, use.operand.meta["val"].dtype, gemm)
         if gemm.target is aten.addmm.default:

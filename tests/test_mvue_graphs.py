@@ -495,6 +495,7 @@ WAYS = {
     "w.T @ x": (lambda x, w: w.T @ x, (8, 12), (8, 11), ""),
     "slice": (lambda x, w: F.linear(x, w[:4]), (12, 8), (11, 8), ""),
     "cast": (lambda x, w: F.linear(x.double(), w.double()).float(), (12, 8), (11, 8), ""),
+    "addmm, scaled": (lambda x, w: torch.addmm(x[:, :1], x, w.T, beta=0.5, alpha=2), (12, 8), (11, 8), ""),
     "bmm": (
         lambda x, w: torch.bmm(x, w.T.expand(2, 8, 12)), (12, 8), (2, 11, 8),
         "grad_weight: the graph has it as aten.bmm.default, not as one matmul",
