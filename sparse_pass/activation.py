@@ -31,7 +31,7 @@ def why_no_masked_gradient(linear: Linear) -> str | None:
     if linear.unplaced.startswith("grad_input"):
         return linear.unplaced
     input = input_of(linear.output)
-    if any(input is None or _gradient_of(input.node, use.gemm) is None for use in linear.grad_input):
+    if any(input is None or _gradient_of(input, use.gemm) is None for use in linear.grad_input):
         return "grad_input: not found in the layout of the input; left as captured"
     return None
 
@@ -67,9 +67,10 @@ def rewrite_input(edit: Editor, linear: Linear, scheme: ActivationSparsity, *, g
             edit.erase_unused(old)
     if scheme.grad_input == "masked":
         for use in linear.grad_input:
-            gradient = _gradient_of(input.node, use.gemm)
-            assert gradient is not None
-            _mask_gradient(edit, gradient, mask)
+            found = _gradient_of(input, use.gemm)
+            assert found is not None
+            gradient, moved = found
+            _mask_gradient(edit, gradient, edit.replay(input.chain, input.node, mask, gemm) if moved else mask)
     operand = gemm.args[input.place]
     gemm.update_arg(input.place, edit.replay(input.chain, input.node, kept, gemm))
     edit.erase_unused(operand)
@@ -110,12 +111,17 @@ def _reads(linear: Linear, input: Node) -> Iterator[tuple[Node, int, tuple[Node,
             yield gemm, at, chain[chain.index(input) + 1 :]
 
 
-def _gradient_of(input: Node, gemm: Node) -> Node | None:
-    """What a GEMM of grad_input gives in the shape of the input: of a product and a sum the sum."""
-    node, shape = gemm, input.meta["val"].shape
-    while node.meta["val"].shape != shape:
+def _gradient_of(input: Input, gemm: Node) -> tuple[Node, bool] | None:
+    """The gradient of the input that a GEMM gives, or of what its moves made of it; and whether it is the latter.
+
+    Of a product and a sum the sum has the shape.
+    """
+    moved = input.chain[-1] if input.chain else input.node
+    shapes = [input.node.meta["val"].shape, moved.meta["val"].shape]
+    node = gemm
+    while node.meta["val"].shape not in shapes:
         following = [user for user in node.users if user.meta.get("seq_nr") == gemm.meta.get("seq_nr")]
         if len(node.users) != 1 or not following:
             return None
         (node,) = following
-    return node
+    return node, node.meta["val"].shape != shapes[0]

@@ -28,6 +28,7 @@ class Site:
     pattern: str
     """The config key that named it."""
     scheme: Scheme
+    """As the config has it."""
     shape: tuple[Dim, Dim, Dim]
     """(M, N, K): input [M, K], weight [N, K], output [M, N]. M may be symbolic (a string such as ``"s0*128"``)."""
     dtype: torch.dtype
