@@ -7,7 +7,7 @@ model = torch.compile(model, backend=sp.sparse_backend(config, model=model))
 """
 
 from .backend import inductor_options, sparse_backend
-from .config import WeightSparsity
+from .config import ActivationSparsity, WeightSparsity
 from .explain import explain
 from .graph_pass import SparsePass
 from .ops import mask24
@@ -16,6 +16,7 @@ from .report import Report, Site
 from .rewrite_graph import rewrite
 
 __all__ = [
+    "ActivationSparsity",
     "Report",
     "Site",
     "SparsePass",

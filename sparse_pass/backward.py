@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .gemms import MOVES, Linear, Use, is_move, operands, packet_name, trace, weight_places
+from .gemms import MOVES, GradWeight, Linear, Use, aten, is_move, made_by, operands, packet_name, trace, weight_places
 
 # What stands between a GEMM's gradient and the gradient output of its weight.
 _GRAD_MOVES = MOVES | frozenset(
@@ -68,6 +68,7 @@ def with_backward(
     calls: Sequence[Linear],
     grad_input: Sequence[Use],
     grad_outputs: Mapping[Any, int] | None,
+    backward: set[Node],
     lost: bool,
 ) -> Linear:
     """Add the backward GEMMs of one call.
@@ -75,6 +76,7 @@ def with_backward(
     Args:
         calls: all calls of its weight, in graph order.
         grad_input: the backward reads of the weight that `assign_reads` gave to this call.
+        backward: the nodes that need a gradient from outside.
         lost: a backward GEMM that reads the weight was given to nobody.
     """
     unplaced = "grad_input: a backward GEMM of the weight belongs to none of its calls; left dense" if lost else ""
@@ -98,7 +100,13 @@ def with_backward(
         return linear  # a call without a gradient, beside one that has it
     if operand is None:
         unplaced = unplaced or "grad_weight: not found in the graph; left as captured"
-    return replace(linear, grad_operand=operand, grad_output=index, unplaced=unplaced)
+    return replace(
+        linear,
+        grad_operand=operand,
+        grad_output=index,
+        grad_weight=None if operand is None else _grad_weight(operand, backward),
+        unplaced=unplaced,
+    )
 
 
 def assign_reads(
@@ -171,3 +179,12 @@ def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
         if packet_name(node) in _GRAD_MOVES:
             pending += [n for n in node.all_input_nodes if n not in seen]
     return None
+
+
+def _grad_weight(operand: Node, backward: set[Node]) -> GradWeight | None:
+    """The matmul that made a gradient, if it is one of something from outside and something of the forward."""
+    gemm = made_by(operand)
+    if gemm.target is not aten.mm.default:
+        return None
+    left, right = (source in backward for source in gemm.args)
+    return None if left == right else GradWeight(gemm, 0 if left else 1)

@@ -61,7 +61,7 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
             for weight, calls in sharing.items()
         }
         forward = [
-            with_backward(one, sharing[one.weight], by_call[one.output.gemm], grad_outputs, lost)
+            with_backward(one, sharing[one.weight], by_call[one.output.gemm], grad_outputs, backward, lost)
             for one in forward
             for by_call, lost in [given[one.weight]]
         ]

@@ -6,8 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .config import Config, Scheme, WeightSparsity
+from .config import ActivationSparsity, Config, Scheme, WeightSparsity
 
 # Wrappers put these parts into a module path; they are no part of the name a user knows.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -90,12 +91,15 @@ def parse_config(config: Config) -> tuple[Pattern, ...]:
     return tuple(_parse_entry(text, scheme) for text, scheme in config.items())
 
 
-def _parse_entry(text: str, scheme: object) -> Pattern:
+def _parse_entry(text: str, scheme: Any) -> Pattern:
     if not isinstance(text, str) or not text:
         raise ValueError(f"config key {text!r}: expected a layer name, a `*` pattern or 're:<regex>'")
-    if scheme is not None and not isinstance(scheme, WeightSparsity):
-        hint = "; instantiate it: WeightSparsity()" if scheme is WeightSparsity else ""
-        raise ValueError(f"config[{text!r}] = {scheme!r}: expected a WeightSparsity or None (leave dense){hint}")
+    if scheme is not None and not _is_scheme(scheme):
+        hint = f"; instantiate it: {scheme.__name__}()" if scheme in (WeightSparsity, ActivationSparsity) else ""
+        raise ValueError(
+            f"config[{text!r}] = {scheme!r}: expected a WeightSparsity or None (leave dense), or an ActivationSparsity,"
+            f" or a tuple of one of each{hint}"
+        )
     if text.startswith("re:"):
         try:
             regex = re.compile(text[3:])
@@ -104,6 +108,12 @@ def _parse_entry(text: str, scheme: object) -> Pattern:
         return Pattern(text, regex, False, scheme)
     parts = ["[^.]+" if part == "*" else re.escape(part).replace(r"\*", "[^.]*") for part in normalize(text).split(".")]
     return Pattern(text, re.compile(r"\.".join(parts)), "*" not in text, scheme)
+
+
+def _is_scheme(value: object) -> bool:
+    if isinstance(value, tuple):
+        return len(value) == 2 and {type(part) for part in value} == {WeightSparsity, ActivationSparsity}
+    return isinstance(value, (WeightSparsity, ActivationSparsity))
 
 
 def choose(patterns: Sequence[Pattern], names: Sequence[str]) -> Pattern | None:

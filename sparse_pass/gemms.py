@@ -62,6 +62,9 @@ MOVES = frozenset(
 )
 
 
+_FLIPS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """A GEMM that reads the weight: ``gemm`` reads ``operand``, which ``chain`` made from the weight.
@@ -72,6 +75,15 @@ class Use:
     gemm: Node
     operand: Node
     chain: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GradWeight:
+    """The GEMM of grad_weight: ``mm(grad_output.T, input)``, or its transpose ``mm(input.T, grad_output)``."""
+
+    gemm: Node
+    place: Literal[0, 1]
+    """Which operand is that of grad_output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +102,8 @@ class Linear:
     """Gradient of ``output.operand``, before it is brought to the layout of the weight."""
     grad_output: int | None = None
     """Position of the weight's gradient among the outputs of the graph."""
+    grad_weight: GradWeight | None = None
+    """What made ``grad_operand``, where it is one matmul."""
     unplaced: str = ""
     """What of the backward was expected and not found."""
     ambiguous: str = ""
@@ -101,6 +115,37 @@ def weight_places(node: Node) -> tuple[tuple[int, Layout], ...]:
     if node.op != "call_function":
         return ()
     return _product_and_sum(node) if node.target is aten.mul.Tensor else _GEMMS.get(node.target, ())
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """The input of a forward GEMM: operand number ``place``, which ``chain`` made from ``node``."""
+
+    node: Node
+    place: int
+    chain: tuple[Node, ...]
+    k_last: bool
+    """Whether K is the last dim of ``node``; it is the last but one if not."""
+
+
+def input_of(use: Use) -> Input | None:
+    """The input of the GEMM that reads a weight, as the graph has it now."""
+    gemm = use.gemm
+    place = next(at for at, _ in weight_places(gemm) if gemm.args[at] is use.operand)
+    first = gemm.target in (aten.addmm.default, aten.baddbmm.default, aten.addmv.default)  # the bias
+    other = (3 if first else 1) - place
+    operand = gemm.args[other]
+    if not isinstance(operand, Node):
+        return None
+    product = gemm.target is aten.mul.Tensor
+    right = not product and (place > other or gemm.target is aten.linear.default)
+    if right or operand.meta["val"].dim() == 1:
+        return Input(operand, other, (), True)
+    # Of a product and a sum, what became a column is the input.
+    source = operand.args[0] if product and is_move(operand) else None
+    if isinstance(source, Node) and source.meta["val"].shape[-1] == operand.meta["val"].shape[-2]:
+        return Input(source, other, (operand,), True)
+    return Input(operand, other, (), False)
 
 
 def _product_and_sum(mul: Node) -> tuple[tuple[int, Layout], ...]:
@@ -142,6 +187,25 @@ def is_move(node: Node) -> bool:
     return node.op == "call_function" and (node.target is operator.getitem or packet_name(node) in MOVES)
 
 
+def is_flip(node: Node) -> bool:
+    """Whether a node transposes a matrix."""
+    if node.target not in _FLIPS:
+        return False
+    dims = node.args[1:]
+    return dims in (
+        (),
+        ([1, 0],),
+        ([-1, 0],),
+        ([-1, -2],),
+        (0, 1),
+        (1, 0),
+        (-1, -2),
+        (-2, -1),
+        (0, -1),
+        (-1, 0),
+    )
+
+
 def trace(operand: Node) -> tuple[Node, tuple[Node, ...]]:
     """The node that ``operand`` was made from by moves alone, and the moves in order."""
     chain: list[Node] = []
@@ -155,6 +219,14 @@ def trace(operand: Node) -> tuple[Node, tuple[Node, ...]]:
         chain.append(node)
         node = source
     return node, tuple(reversed(chain))
+
+
+def made_by(gradient: Node) -> Node:
+    """The op that a gradient came from, before it was moved and scaled by a number."""
+    node, _ = trace(gradient)
+    while packet_name(node) == "mul" and isinstance(node.args[0], Node) and not isinstance(node.args[1], Node):
+        node, _ = trace(node.args[0])
+    return node
 
 
 def packet_name(node: Node) -> str:

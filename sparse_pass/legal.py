@@ -11,18 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .config import Scheme
-from .gemms import Linear, Use, aten
+from .config import ActivationSparsity, Scheme, WeightSparsity, input_scheme, weight_scheme
+from .gemms import Linear, Use, aten, input_of, is_flip, made_by
 
 TILE = 4
 """Masks are chosen in tiles of 4x4: both dims of a weight must be multiples of 4."""
 KERNEL_TILE = 64
 """The packed layout is made of tiles of 64x64: N and K of a sparse GEMM must be multiples of 64."""
+GRAD_TILE = 16
+"""K of a 2:4 gradient's GEMM, whose sparse operand is [N, M], must be a multiple of 16: a limit of cuSPARSELt."""
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
 """Sparse tensor cores came with SM80 (A100)."""
 
-_FLIPS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
 _KEEPS = frozenset(
     {
         aten.clone.default,
@@ -62,8 +63,8 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     return Limits(device="cuda", capability=capability, unavailable=availability(device, dtype))
 
 
-def why_skipped(linear: Linear) -> str | None:
-    """Why the linear cannot be made 2:4 sparse at all, on any device."""
+def why_skipped(linear: Linear, scheme: Scheme) -> str | None:
+    """Why the linear cannot be made 2:4 sparse at all, on any device. Of two schemes both must be possible."""
     if linear.ambiguous:
         return linear.ambiguous
     weight = linear.weight.meta["val"]
@@ -71,7 +72,25 @@ def why_skipped(linear: Linear) -> str | None:
         return f"the weight has shape {list(weight.shape)}: 2:4 masks are defined for 2-D weights"
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"the weight is {weight.dtype}: expected float16, bfloat16, float32 or float64"
-    return why_shape_skipped(weight.shape)
+    reason = None
+    if weight_scheme(scheme) is not None:
+        reason = why_shape_skipped(weight.shape)
+    if input_scheme(scheme) is not None:
+        reason = reason or _why_input_skipped(linear)
+    return reason
+
+
+def _why_input_skipped(linear: Linear) -> str | None:
+    input = input_of(linear.output)
+    if input is None:
+        return "the graph has no input of the matmul"
+    value = input.node.meta["val"]
+    k = value.shape[-1 if input.k_last else -2]
+    if not isinstance(k, int) or k % TILE or k == 0:
+        return f"the input has {k} features: 2:4 needs a multiple of {TILE}; leave the layer dense (map it to None)"
+    if not value.is_floating_point() or value.element_size() < 2:
+        return f"the input is {value.dtype}: expected float16, bfloat16, float32 or float64"
+    return None
 
 
 def why_shape_skipped(shape: torch.Size) -> str | None:
@@ -86,14 +105,52 @@ def why_shape_skipped(shape: torch.Size) -> str | None:
     return None
 
 
-def why_not_sparse(use: Use, weight: Node, scheme: Scheme, limits: Limits) -> str | None:
+def why_not_sparse(use: Use, weight: Node, scheme: WeightSparsity, limits: Limits) -> str | None:
     """Why one GEMM gets no sparse kernel. It is computed with the masked weight all the same."""
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
     return _why_no_device(scheme, limits) or _why_no_call(use) or _why_no_kernel(use, weight)
 
 
-def _why_no_device(scheme: Scheme, limits: Limits) -> str | None:
+def why_dense_gradient(linear: Linear) -> str | None:
+    """Why grad_weight cannot be computed from a 2:4 grad_output at all, on any device."""
+    if linear.grad_weight is not None:
+        return None
+    if linear.grad_operand is None:
+        found = linear.unplaced if linear.unplaced.startswith("grad_weight") else ""
+        return found or "grad_weight: not found in the graph; left as captured"
+    source = made_by(linear.grad_operand)
+    return f"grad_weight: the graph has it as {source.target}, not as one matmul of grad_output and input; left dense"
+
+
+def why_not_sparse_gradient(linear: Linear, scheme: WeightSparsity, limits: Limits) -> str | None:
+    """Why the GEMM of a 2:4 grad_output gets no sparse kernel. It is computed with the same numbers, dense."""
+    if scheme.backend == "masked_dense":
+        return "backend='masked_dense' was asked for"
+    no_device = _why_no_device(scheme, limits)
+    if no_device is not None:
+        return no_device
+    if limits.device == "cuda":
+        return "2:4 gradients have no kernels on cuda yet"
+    assert linear.grad_weight is not None
+    dtype = linear.grad_weight.gemm.meta["val"].dtype
+    if dtype not in KERNEL_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} has no 2:4 kernels, only float16 and bfloat16"
+    rows, cols = linear.grad_weight.gemm.meta["val"].shape
+    n, k = (rows, cols) if linear.grad_weight.place == 0 else (cols, rows)
+    if n % KERNEL_TILE or k % GRAD_TILE:
+        return f"N and K are {n} and {k}: a 2:4 gradient needs multiples of {KERNEL_TILE} and {GRAD_TILE}"
+    return None
+
+
+def why_not_sparse_input(scheme: ActivationSparsity, limits: Limits) -> str:
+    """Why the GEMMs of a 2:4 input get no sparse kernel. They are computed with the masked input all the same."""
+    if scheme.backend == "masked_dense":
+        return "backend='masked_dense' was asked for"
+    return _why_no_device(scheme, limits) or "2:4 inputs have no kernels yet"
+
+
+def _why_no_device(scheme: WeightSparsity | ActivationSparsity, limits: Limits) -> str | None:
     if limits.device == "cpu" and scheme.backend == "cusparselt":
         return None  # the reference kernels
     if limits.device != "cuda" or limits.capability is None:
@@ -113,7 +170,7 @@ def _why_no_call(use: Use) -> str | None:
         return "the weight is the left operand of the matmul"
     if any(factor != 1 for factor in gemm.kwargs.values()):
         return f"addmm with {dict(gemm.kwargs)} has no sparse kernel"
-    others = [str(node.target) for node in use.chain if node.target not in _KEEPS and not _is_flip(node)]
+    others = [str(node.target) for node in use.chain if node.target not in _KEEPS and not is_flip(node)]
     if others:
         return f"the GEMM reads the weight through {', '.join(others)}"
     return None
@@ -129,28 +186,10 @@ def _why_no_kernel(use: Use, weight: Node) -> str | None:
     return None
 
 
-def _is_flip(node: Node) -> bool:
-    if node.target not in _FLIPS:
-        return False
-    dims = node.args[1:]
-    return dims in (
-        (),
-        ([1, 0],),
-        ([-1, 0],),
-        ([-1, -2],),
-        (0, 1),
-        (1, 0),
-        (-1, -2),
-        (-2, -1),
-        (0, -1),
-        (-1, 0),
-    )
-
-
 def reads_rows(use: Use) -> bool:
     """Whether the GEMM contracts over the columns of the stored weight, as ``linear(input, weight)`` does.
 
     Then it takes ``packed``; otherwise ``packed_t``. Only for uses that `why_not_sparse` let pass.
     """
-    transposed = sum(_is_flip(node) for node in use.chain) % 2 == 1
+    transposed = sum(is_flip(node) for node in use.chain) % 2 == 1
     return not transposed if use.gemm.target is aten.linear.default else transposed

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 from torch.fx import GraphModule
 
+from .config import weight_scheme
 from .fqn import Pattern, choose, from_source, nearest, normalize
 from .legal import why_shape_skipped
 
@@ -64,6 +65,8 @@ def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
         weight = weights[named[0]]
         if pattern.exact and pattern.scheme is not None and weight is not None:
             reason = why_shape_skipped(weight.shape)
+            if weight_scheme(pattern.scheme) is None and any(dim % 4 == 0 and dim for dim in weight.shape):
+                reason = None  # only K counts, and which of the dims it is shows in the graph
             if reason:
                 raise ValueError(f"{pattern.text!r} cannot be sparsified: {reason}")
 

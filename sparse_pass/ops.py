@@ -1,8 +1,9 @@
 """The operators of the rewritten graphs, `torch.ops.sparse_pass.*`: schema, fake, CPU, CUDA, in this order.
 
     sparsify: W [N, K] -> S(W) and S(W)^T, packed       linear: X [M, K], packed -> X S(W)^T + b  [M, N]
-    mask24:   W [N, K] -> bool [N, K]
+    mask24:   W [N, K] -> bool [N, K]                   input_mask24: X [..., K] -> bool [..., K]
 
+`grad_ops` has those of 2:4 gradients.
 All are functional and take any strides. They have no derivative: the pass rewrites graphs that already hold their
 backward. The CPU kernels are the reference and use the byte layout of the GPU kernels (`reference.pack`).
 """
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import cuda_ops, reference
+from . import cuda_ops, reference, reference_activation
 
 PACKED_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -25,6 +26,7 @@ for _schema in (
     "sparsify(Tensor weight, str mask, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
     "linear(Tensor input, Tensor packed, Tensor? bias, SymInt out_features, *, bool tuned=False) -> Tensor",
     "mask24(Tensor weight, str mask) -> Tensor",
+    "input_mask24(Tensor input, str mask) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -52,6 +54,20 @@ def _check_mask_args(weight: Tensor, mask: str) -> None:
             "convert the weight first"
         )
     _check_dims(weight, 4, "pad the weight with zeros or leave the layer dense")
+
+
+def _check_input_mask_args(input: Tensor, mask: str) -> None:
+    if mask not in reference_activation.MASKS:
+        raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(reference_activation.MASKS)}")
+    if not input.dtype.is_floating_point or input.dtype.itemsize == 1:
+        raise ValueError(
+            f"a 2:4 mask compares magnitudes and takes float16, bfloat16, float32 or float64, not {input.dtype}; "
+            "convert the input first"
+        )
+    if input.dim() == 0 or input.shape[-1] % 4:
+        raise ValueError(
+            f"a 2:4 input must be [..., K] with K a multiple of 4, not {list(input.shape)}; leave it dense"
+        )
 
 
 def _check_dims(weight: Tensor, multiple: int, remedy: str) -> None:
@@ -103,7 +119,8 @@ _NO_DERIVATIVE = (
 )
 
 
-def _refuse_to_trace(*tensors: Tensor | None) -> None:
+def refuse_to_trace(*tensors: Tensor | None) -> None:
+    """For fakes."""
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors):
         raise NotImplementedError(_NO_DERIVATIVE)
 
@@ -120,7 +137,9 @@ class _Refusal(torch.autograd.Function):
         raise NotImplementedError(_NO_DERIVATIVE)
 
 
-def _forward_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def forward_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """For kernels."""
+
     @functools.wraps(kernel)
     def call(*args: Any, **kwargs: Any) -> Any:
         sources = [one for one in args if isinstance(one, Tensor) and one.requires_grad]
@@ -141,7 +160,7 @@ def _forward_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
 @torch.library.register_fake("sparse_pass::sparsify", lib=_LIBRARY)
 def _sparsify_fake(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     packed_dtype = _check_sparsify(weight, mask, dtype)
-    _refuse_to_trace(weight)
+    refuse_to_trace(weight)
     numel = weight.shape[0] * weight.shape[1] * 9 // 16
     return weight.new_empty(numel, dtype=packed_dtype), weight.new_empty(numel, dtype=packed_dtype)
 
@@ -151,7 +170,7 @@ def _linear_fake(
     input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
 ) -> Tensor:
     _check_linear(input, packed, bias, out_features)
-    _refuse_to_trace(input, bias)
+    refuse_to_trace(input, bias)
     return input.new_empty(input.shape[0], out_features)
 
 
@@ -161,17 +180,23 @@ def _mask24_fake(weight: Tensor, mask: str) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.bool)
 
 
+@torch.library.register_fake("sparse_pass::input_mask24", lib=_LIBRARY)
+def _input_mask24_fake(input: Tensor, mask: str) -> Tensor:
+    _check_input_mask_args(input, mask)
+    return input.new_empty(input.shape, dtype=torch.bool)
+
+
 # CPU
 
 
 @torch.library.impl(_LIBRARY, "sparsify", "CPU")
-@_forward_only
+@forward_only
 def _sparsify_cpu(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     return reference.sparsify(weight, mask, _check_sparsify(weight, mask, dtype))
 
 
 @torch.library.impl(_LIBRARY, "linear", "CPU")
-@_forward_only
+@forward_only
 def _linear_cpu(
     input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
 ) -> Tensor:
@@ -185,17 +210,23 @@ def _mask24_cpu(weight: Tensor, mask: str) -> Tensor:
     return reference.mask24(weight, mask)
 
 
+@torch.library.impl(_LIBRARY, "input_mask24", "CPU")
+def _input_mask24_cpu(input: Tensor, mask: str) -> Tensor:
+    _check_input_mask_args(input, mask)
+    return reference_activation.input_mask24(input, mask)
+
+
 # CUDA
 
 
 @torch.library.impl(_LIBRARY, "sparsify", "CUDA")
-@_forward_only
+@forward_only
 def _sparsify_cuda(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     return cuda_ops.sparsify(weight, mask, _check_sparsify(weight, mask, dtype))
 
 
 @torch.library.impl(_LIBRARY, "linear", "CUDA")
-@_forward_only
+@forward_only
 def _linear_cuda(
     input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
 ) -> Tensor:
@@ -207,6 +238,12 @@ def _linear_cuda(
 def _mask24_cuda(weight: Tensor, mask: str) -> Tensor:
     _check_mask_args(weight, mask)
     return cuda_ops.mask24(weight, mask)
+
+
+@torch.library.impl(_LIBRARY, "input_mask24", "CUDA")
+def _input_mask24_cuda(input: Tensor, mask: str) -> Tensor:
+    _check_input_mask_args(input, mask)
+    return reference_activation.input_mask24(input, mask, cuda_ops.mask24)
 
 
 for _op in ("sparsify", "linear"):

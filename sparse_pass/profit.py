@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from .config import Scheme
+from .config import WeightSparsity
 from .gemms import Use, aten
 
 log = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ _ROWS = 8
 """The sparse kernels pad M to a multiple of 8."""
 
 
-def why_slower(uses: Sequence[Use], weight: Node, scheme: Scheme) -> str | None:
+def why_slower(uses: Sequence[Use], weight: Node, scheme: WeightSparsity) -> str | None:
     """Why the sparse GEMMs of one linear lose against dense ones with the masked weight, or None if they win.
 
     One answer for output and grad_input together: both feed on one S(W), and a mixed choice would make it twice.
@@ -37,7 +37,7 @@ def why_slower(uses: Sequence[Use], weight: Node, scheme: Scheme) -> str | None:
     return f"measured slower: {sparse_us:.0f} us with 2:4 kernels, {dense_us:.0f} us with a dense masked weight"
 
 
-def _preparation(use: Use, weight: Node, scheme: Scheme) -> tuple[float, float] | None:
+def _preparation(use: Use, weight: Node, scheme: WeightSparsity) -> tuple[float, float] | None:
     """GPU microseconds of making S(W), packed and as a dense masked weight."""
     from .kernels import tuner
 

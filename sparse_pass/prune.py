@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .config import Config
+from .config import Config, weight_scheme
 from .fqn import parse_config
 from .legal import why_shape_skipped
 from .model_names import check_names, chosen_weights
@@ -21,7 +21,8 @@ def prune_(model: nn.Module, config: Config) -> Report:
 
     Args:
         model: any module; compiled or wrapped ones too.
-        config: names to schemes, as for :func:`sparse_backend`; only ``mask`` of a scheme counts.
+        config: names to schemes, as for :func:`sparse_backend`; only ``mask`` of a scheme counts, and only of
+            those of weights.
 
     Returns:
         Report: one site per weight, ``sparse`` or ``skipped``; M is ``"-"``, as no GEMM is involved.
@@ -37,16 +38,22 @@ def prune_(model: nn.Module, config: Config) -> Report:
     for name, weight, pattern in chosen_weights(model, patterns):
         scheme = pattern.scheme
         assert scheme is not None
+        sparsity = weight_scheme(scheme)
         if weight is None:
+            if sparsity is None:
+                continue  # nothing is to be done, and there is no weight to report
             raise ValueError(
                 f"{name!r} computes its weight from other parameters, so that a mask cannot be written into it:"
                 " call torch.nn.utils.parametrize.remove_parametrizations first, or map it to None"
             )
-        if weight.is_meta:
+        if sparsity is None:
+            reason = "the scheme is of the input only: the weight stays dense"
+        elif weight.is_meta:
             raise ValueError(f"{name!r} is on the meta device: load its data before prune_")
-        reason = why_shape_skipped(weight.shape) or ""
-        if not reason:
-            kept.append((weight, mask24(weight.detach(), scheme.mask)))
+        else:
+            reason = why_shape_skipped(weight.shape) or ""
+            if not reason:
+                kept.append((weight, mask24(weight.detach(), sparsity.mask)))
         n, k = weight.shape
         sites.append(
             Site(

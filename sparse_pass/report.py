@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from .config import Scheme
+from .config import Scheme, scheme_text
 
 Status: TypeAlias = Literal["sparse", "masked_dense", "skipped"]
 Dim: TypeAlias = "int | torch.SymInt | str"
@@ -28,6 +28,7 @@ class Site:
     pattern: str
     """The config key that named it."""
     scheme: Scheme
+    """As the config has it."""
     shape: tuple[Dim, Dim, Dim]
     """(M, N, K): input [M, K], weight [N, K], output [M, N]. M may be symbolic (a string such as ``"s0*128"``)."""
     dtype: torch.dtype
@@ -73,7 +74,7 @@ class Report:
                 [
                     (
                         site.fqn,
-                        str(site.scheme),
+                        scheme_text(site.scheme),
                         ", ".join(map(str, site.shape)),
                         site.status,
                         site.output or "-",

@@ -1,4 +1,4 @@
-"""One graph: find the named linears, decide for each GEMM, rewrite, report."""
+"""One graph: find the named linears, rewrite each, report."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 from .config import Config, Tune
 from .find import find_linears, other_readers, parameter_nodes
 from .fqn import Pattern, choose, parse_config
-from .gemms import Linear, Use
-from .legal import device_limits, why_not_sparse, why_skipped
-from .profit import why_slower
-from .report import Report, Site, Status
-from .rewriter import Rewriter
+from .gemms import Linear
+from .report import Report, Site
+from .rewrite_linear import Rewriting, refuse
 
 log = logging.getLogger(__name__)
 
@@ -67,16 +65,16 @@ def rewrite_graph(
         pattern = choose(patterns, linear.names)
         if pattern is not None and pattern.scheme is not None:
             chosen.append((linear, pattern))
-    _refuse(chosen, strict)
+    refuse(chosen, strict)
     unread = _named_without_linear(graph, patterns, parameters, {linear.weight for linear in found.linears})
     if unread and strict:
         raise ValueError("sparse_pass cannot sparsify " + "; ".join(f"{one.fqn!r}: {one.reason}" for one in unread))
     matched.update(site.pattern for site in unread)
     sites = []
     if chosen:
-        rewriter = Rewriter(graph, _fake_mode(graph), tuned=tune == "auto")
-        sites = [_rewrite_linear(rewriter, linear, pattern, tune) for linear, pattern in chosen]
-        rewriter.clean(linear for linear, _ in chosen)
+        rewriting = Rewriting(graph, _fake_mode(graph), tune)
+        sites = [rewriting.rewrite(linear, pattern) for linear, pattern in chosen]
+        rewriting.clean()
         graph.lint()
     sites += unread
     notes = []
@@ -145,67 +143,6 @@ def _branch_report(graph: Graph, patterns: Sequence[Pattern]) -> Report:
     for note in notes:
         log.warning("%s", note)
     return Report(unmatched=tuple(pattern.text for pattern in patterns), notes=tuple(notes))
-
-
-def _refuse(chosen: Sequence[tuple[Linear, Pattern]], strict: bool) -> None:
-    """Raise, before anything is edited, for what was asked and cannot be done."""
-    refused = []
-    for linear, pattern in chosen:
-        scheme = pattern.scheme
-        assert scheme is not None
-        if reason := why_skipped(linear):
-            if strict or pattern.exact:
-                how = "exactly" if pattern.exact else f"by {pattern.text!r}"
-                refused.append(f"{linear.names[0]!r} (named {how}): {reason}")
-        elif linear.unplaced.startswith("grad_weight") and (scheme.grad_weight == "masked" or scheme.decay):
-            refused.append(f"{linear.names[0]!r}: {scheme} changes grad_weight, but {linear.unplaced}")
-    if refused:
-        raise ValueError("sparse_pass cannot sparsify " + "; ".join(refused))
-
-
-def _rewrite_linear(rewriter: Rewriter, linear: Linear, pattern: Pattern, tune: Tune) -> Site:
-    scheme = pattern.scheme
-    assert scheme is not None
-    m, n, k = linear.shape
-    dtype = linear.output.operand.meta["val"].dtype
-
-    def site(
-        status: Status,
-        reason: str,
-        output: str | None,
-        grad_input: str | None,
-        grad_weight: str | None,
-    ) -> Site:
-        return Site(
-            fqn=linear.names[0], pattern=pattern.text, scheme=scheme, dtype=dtype, status=status, reason=reason,
-            shape=(m if isinstance(m, int) else str(m), n, k),
-            output=output, grad_input=grad_input, grad_weight=grad_weight,
-        )  # fmt: skip
-
-    grad_weight = None if linear.grad_output is None else "dense"
-    grad_input = "dense" if linear.grad_input else None
-    skipped = why_skipped(linear)
-    if skipped:
-        return site("skipped", skipped, "dense", grad_input, grad_weight)
-    limits = device_limits(linear.weight.meta["val"].device, dtype)
-    reasons = {use: why_not_sparse(use, linear.weight, scheme, limits) for use in (linear.output, *linear.grad_input)}
-    sparse = [use for use, reason in reasons.items() if reason is None]
-    if sparse and tune == "auto" and scheme.backend == "auto" and (slower := why_slower(sparse, linear.weight, scheme)):
-        reasons.update(dict.fromkeys(sparse, slower))
-        sparse = []
-    masked = [use for use, reason in reasons.items() if reason is not None]
-    kernel = "cusparselt" if limits.device == "cuda" else "reference"
-
-    def kernel_of(uses: Sequence[Use]) -> str | None:
-        return None if not uses else kernel if all(use in sparse for use in uses) else "masked_dense"
-
-    output, grad_input = kernel_of([linear.output]), kernel_of(linear.grad_input)
-    why = [] if reasons[linear.output] is None else [str(reasons[linear.output])]
-    backward = {str(reasons[use]) for use in linear.grad_input if reasons[use] is not None} - set(why)
-    why += [f"grad_input: {reason}" for reason in sorted(backward)]
-    why += [linear.unplaced] if linear.unplaced else []
-    rewriter.rewrite(linear, scheme, sparse, masked)
-    return site("sparse" if sparse else "masked_dense", "; ".join(why), output, grad_input, grad_weight)
 
 
 def _fake_mode(graph: Graph) -> FakeTensorMode:

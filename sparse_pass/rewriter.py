@@ -1,4 +1,4 @@
-"""Edit a captured graph: the only file that does.
+"""Rewrite the weights of linears in a captured graph.
 
 One linear, before and after (sparse; backward on the right)::
 
@@ -20,24 +20,21 @@ Leaving dw alone is the straight-through estimator: the joint graph is past auto
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.node import map_arg
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
-from .config import Scheme
+from .config import WeightSparsity
+from .editor import Editor
 from .gemms import Linear, Use, aten
 from .legal import reads_rows
 
 sparse_ops = torch.ops.sparse_pass
 
-# Values of one node, not of what replaces it; all other metadata (module stack, seq_nr, partitioner and
-# recompute tags) must come along, or the partitioner and checkpointing misplace the new node.
-_OWN_META = frozenset({"val", "tensor_meta", "eager_input_vals", "desc"})
 _CASTS = frozenset({aten._to_copy.default, aten.to.dtype, torch.ops.prims.convert_element_type.default})
 
 
@@ -48,16 +45,13 @@ class Rewriter:
     it stands before every backward, in whatever order the calls run backward.
     """
 
-    def __init__(self, graph: Graph, mode: FakeTensorMode, *, tuned: bool) -> None:
-        self.graph = graph
+    def __init__(self, editor: Editor, *, tuned: bool) -> None:
+        self._edit = editor
         self._tuned = tuned
-        self._mode = mode
-        self._made: dict[Any, Node] = {}
-        self._order = {node: place for place, node in enumerate(graph.nodes)}
         # Before which place of the original graph a mask or masked weight was made.
         self._made_at: dict[Node, int] = {}
 
-    def rewrite(self, linear: Linear, scheme: Scheme, sparse: Iterable[Use], masked: Iterable[Use]) -> None:
+    def rewrite(self, linear: Linear, scheme: WeightSparsity, sparse: Iterable[Use], masked: Iterable[Use]) -> None:
         """Rewrite one call of a linear.
 
         Args:
@@ -94,63 +88,39 @@ class Rewriter:
         for use in sparse:
             self._sparse(weight, scheme, use)
 
-    def clean(self, linears: Iterable[Linear]) -> None:
-        """Erase what the rewrite left without users: old moves of the weights, unused new nodes."""
-        old = [node for one in linears for use in (one.output, *one.grad_input) for node in use.chain]
-        for node in reversed(list(dict.fromkeys([*old, *self._made.values()]))):
-            if not node.users and not node._erased:
-                self.graph.erase_node(node)
-
-    def _mask(self, weight: Node, scheme: Scheme, before: Node) -> Node:
-        mask = self._once(
+    def _mask(self, weight: Node, scheme: WeightSparsity, before: Node) -> Node:
+        mask = self._edit.once(
             ("mask", weight, scheme.mask),
-            lambda: self._call_before(before, sparse_ops.mask24.default, (weight, scheme.mask)),
+            lambda: self._edit.call_before(before, sparse_ops.mask24.default, (weight, scheme.mask)),
         )
-        self._made_at.setdefault(mask, self._order[before])
+        self._made_at.setdefault(mask, self._edit.order[before])
         return mask
 
     def _masked(self, weight: Node, mask: Node, before: Node) -> Node:
         def make() -> Node:
-            zero = self._zero(weight, before, like=before)
-            laid_out = self._laid_out(mask, weight, before, like=before)
-            return self._call_before(before, aten.where.self, (laid_out, weight, zero))
+            zero = self._edit.zero(weight, before, like=before)
+            laid_out = self._edit.laid_out(mask, weight, before, like=before)
+            return self._edit.call_before(before, aten.where.self, (laid_out, weight, zero))
 
-        masked = self._once(("masked", mask), make)
-        self._made_at.setdefault(masked, self._order[before])
+        masked = self._edit.once(("masked", mask), make)
+        self._made_at.setdefault(masked, self._edit.order[before])
         return masked
 
-    def _laid_out(self, mask: Node, value: Node, before: Node, *, like: Node) -> Node:
-        """The mask in the memory order of ``value``.
-
-        The first operand of ``where`` decides the strides of its result, and what reads the result was
-        captured with those of ``value``: a ``view`` of other strides fails or makes a tensor of other strides.
-        """
-        strides = value.meta["val"].stride()
-        if mask.meta["val"].stride() == strides or not all(isinstance(stride, int) for stride in strides):
-            return mask
-        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
-        inverse = [order.index(dim) for dim in range(len(strides))]
-        for target, args, kwargs in (
-            (aten.permute.default, (order,), {}),
-            (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
-            (aten.permute.default, (inverse,), {}),
-        ):
-            mask = self._call_before(before, target, (mask, *args), kwargs, like=like)
-        return mask
-
-    def _packed(self, weight: Node, scheme: Scheme, dtype: torch.dtype, before: Node) -> tuple[Node, Node]:
+    def _packed(self, weight: Node, scheme: WeightSparsity, dtype: torch.dtype, before: Node) -> tuple[Node, Node]:
         # The mask is chosen on the weight as stored, also where autocast feeds the GEMM a rounded copy.
         cast = {} if weight.meta["val"].dtype == dtype else {"dtype": dtype}
         key = (weight, scheme.mask, dtype)
-        both = self._once(
+        both = self._edit.once(
             ("sparsify", *key),
-            lambda: self._call_before(before, sparse_ops.sparsify.default, (weight, scheme.mask), cast),
+            lambda: self._edit.call_before(before, sparse_ops.sparsify.default, (weight, scheme.mask), cast),
         )
-        packed = self._once(("packed", *key), lambda: self._call_before(before, operator.getitem, (both, 0)))
-        packed_t = self._once(("packed_t", *key), lambda: self._call_before(before, operator.getitem, (both, 1)))
+        packed = self._edit.once(("packed", *key), lambda: self._edit.call_before(before, operator.getitem, (both, 0)))
+        packed_t = self._edit.once(
+            ("packed_t", *key), lambda: self._edit.call_before(before, operator.getitem, (both, 1))
+        )
         return packed, packed_t
 
-    def _sparse(self, weight: Node, scheme: Scheme, use: Use) -> None:
+    def _sparse(self, weight: Node, scheme: WeightSparsity, use: Use) -> None:
         gemm = use.gemm
         packed, packed_t = self._packed(weight, scheme, use.operand.meta["val"].dtype, gemm)
         if gemm.target is aten.addmm.default:
@@ -163,44 +133,44 @@ class Rewriter:
         out_features = gemm.meta["val"].shape[-1]
         rows = input
         if len(sizes) != 2:
-            rows = self._call_before(gemm, aten.reshape.default, (input, [-1, sizes[-1]]))
+            rows = self._edit.call_before(gemm, aten.reshape.default, (input, [-1, sizes[-1]]))
         fused = bias if isinstance(bias, Node) and bias.meta["val"].shape == (out_features,) else None
         chosen = packed if reads_rows(use) else packed_t
         tuned = {"tuned": True} if self._tuned and gemm.meta["val"].is_cuda else {}
-        result = self._call_before(gemm, sparse_ops.linear.default, (rows, chosen, fused, out_features), tuned)
+        result = self._edit.call_before(gemm, sparse_ops.linear.default, (rows, chosen, fused, out_features), tuned)
         if bias is not None and fused is None:
-            result = self._call_before(gemm, aten.add.Tensor, (result, bias))
+            result = self._edit.call_before(gemm, aten.add.Tensor, (result, bias))
         if len(sizes) != 2:
             leading = [
-                size if isinstance(size, int) else self._call_before(gemm, aten.sym_size.int, (input, dim))
+                size if isinstance(size, int) else self._edit.call_before(gemm, aten.sym_size.int, (input, dim))
                 for dim, size in enumerate(sizes[:-1])
             ]
-            result = self._call_before(gemm, aten.reshape.default, (result, [*leading, out_features]))
+            result = self._edit.call_before(gemm, aten.reshape.default, (result, [*leading, out_features]))
         gemm.replace_all_uses_with(result)
-        self.graph.erase_node(gemm)
+        self._edit.graph.erase_node(gemm)
 
     def _mask_gradient(self, linear: Linear, mask: Node) -> None:
         gradient = linear.grad_operand
         assert gradient is not None
         users = list(gradient.users)
         after = gradient.next
-        zero = self._zero(gradient, after, like=gradient)
-        mask = self._laid_out(mask, gradient, after, like=gradient)
-        kept = self._call_before(after, aten.where.self, (mask, gradient, zero), like=gradient)
+        zero = self._edit.zero(gradient, after, like=gradient)
+        mask = self._edit.laid_out(mask, gradient, after, like=gradient)
+        kept = self._edit.call_before(after, aten.where.self, (mask, gradient, zero), like=gradient)
         for user in users:
             user.replace_input_with(gradient, kept)
 
     def _decay(self, weight: Node, mask: Node, decay: float, grad_output: int) -> None:
-        if ("decay", weight) in self._made:
+        if ("decay", weight) in self._edit.made:
             return  # once per weight, however many calls share it
-        output = self.graph.output_node()
+        output = self._edit.graph.output_node()
         values = list(output.args[0])  # type: ignore[arg-type]
         gradient = values[grad_output]
-        zero = self._zero(weight, output, like=gradient)
-        dropped = self._call_before(output, aten.where.self, (mask, zero, weight), like=gradient)
-        scaled = self._call_before(output, aten.mul.Tensor, (dropped, decay), like=gradient)
-        values[grad_output] = self._call_before(output, aten.add.Tensor, (gradient, scaled), like=gradient)
-        self._made["decay", weight] = values[grad_output]
+        zero = self._edit.zero(weight, output, like=gradient)
+        dropped = self._edit.call_before(output, aten.where.self, (mask, zero, weight), like=gradient)
+        scaled = self._edit.call_before(output, aten.mul.Tensor, (dropped, decay), like=gradient)
+        values[grad_output] = self._edit.call_before(output, aten.add.Tensor, (gradient, scaled), like=gradient)
+        self._edit.made["decay", weight] = values[grad_output]
         output.args = (values if isinstance(output.args[0], list) else tuple(values),)
 
     def _replay(self, chain: tuple[Node, ...], old: Node, new: Node, skip: frozenset[Any] = frozenset()) -> Node:
@@ -208,48 +178,14 @@ class Rewriter:
         made_at = self._made_at[new]
         for node in chain:
             if node.target not in skip:
-                if (node, new) not in self._made:
+                if (node, new) not in self._edit.made:
                     source, target = old, new
                     args, kwargs = map_arg((node.args, node.kwargs), lambda n: target if n is source else n)  # noqa: B023
                     # Beside the original, where that stands after what is derived from the weight, else beside
                     # what is moved: either way before all that reads the original.
-                    late = self._order[node] > made_at
+                    late = self._edit.order[node] > made_at
                     at = node.next if late else target.next
-                    self._made[node, new] = self._call_before(at, node.target, args, kwargs, like=node)
-                new = self._made[node, new]
+                    self._edit.made[node, new] = self._edit.call_before(at, node.target, args, kwargs, like=node)
+                new = self._edit.made[node, new]
             old = node
         return new
-
-    def _zero(self, value_like: Node, before: Node, *, like: Node) -> Node:
-        value = value_like.meta["val"]
-        kwargs = {
-            "dtype": value.dtype,
-            "layout": torch.strided,
-            "device": value.device,
-            "pin_memory": False,
-        }
-        return self._call_before(before, aten.full.default, ([], 0), kwargs, like=like)
-
-    def _once(self, key: Any, make: Callable[[], Node]) -> Node:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
-    def _call_before(
-        self,
-        before: Node,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any] | None = None,
-        *,
-        like: Node | None = None,
-    ) -> Node:
-        """Insert a call before ``before``, with the metadata of ``like`` (default: of ``before``)."""
-        with self.graph.inserting_before(before):
-            node = self.graph.call_function(target, args, kwargs or {})
-        source = before if like is None else like
-        node.meta = {key: value for key, value in source.meta.items() if key not in _OWN_META}
-        values, named = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._mode, torch.no_grad():
-            node.meta["val"] = target(*values, **named)
-        return node

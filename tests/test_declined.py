@@ -105,7 +105,7 @@ MASKED_DENSE = {
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in MASKED_DENSE.items()])
 def test_masked_dense_reason(case: Declined, monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel: the same mathematics all the same, and the report says why."""
-    monkeypatch.setattr("sparse_pass.rewrite_graph.device_limits", lambda device, dtype: case.limits)
+    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: case.limits)
     captured = case.captured("w")
     captured.check_invariants()
     (site,) = captured.report.sites
@@ -116,7 +116,7 @@ def test_masked_dense_reason(case: Declined, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nothing_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     """The defaults of the cases above are rewritten: each case is declined for what it changes."""
-    monkeypatch.setattr("sparse_pass.rewrite_graph.device_limits", lambda device, dtype: SM90)
+    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: SM90)
     (site,) = Declined(reason="").captured("w").report.sites
     assert (site.status, site.reason) == ("sparse", "")
     assert (site.output, site.grad_input, site.grad_weight) == ("cusparselt", "cusparselt", "dense")
@@ -190,7 +190,7 @@ def test_fake_sm90(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((device.type, dtype))
         return SM90
 
-    monkeypatch.setattr("sparse_pass.rewrite_graph.device_limits", limits)
+    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", limits)
     captured = capture(Mlp().to(torch.bfloat16), [torch.randn(8, 64, dtype=torch.bfloat16)], MIXED)
     captured.check_invariants()
     assert [outcome(site) for site in captured.report.sites] == [
@@ -205,7 +205,7 @@ def test_fake_sm75(monkeypatch: pytest.MonkeyPatch) -> None:
     """An older GPU changes the kernels and not the graph: it is the one that a CPU gets."""
     x = torch.randn(8, 64, dtype=torch.bfloat16)
     on_cpu = capture(Mlp().to(torch.bfloat16), [x], MIXED)
-    monkeypatch.setattr("sparse_pass.rewrite_graph.device_limits", lambda device, dtype: SM75)
+    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: SM75)
     captured = capture(Mlp().to(torch.bfloat16), [x], MIXED)
     assert [outcome(site) for site in captured.report.sites] == [
         ("up", "masked_dense", "masked_dense", None, "dense"),

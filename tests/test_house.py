@@ -28,26 +28,34 @@ ALLOWED = {
     "capture": "graph_pass",
     "regions": "config fqn model_names",
     "graph_pass": "config fqn legal lowering report rewrite_graph",
-    "rewrite_graph": "config find fqn gemms legal profit report rewriter",
+    "rewrite_graph": "config find fqn gemms report rewrite_linear",
+    "rewrite_linear": "activation config editor fqn gemms gradient legal profit report rewriter",
+    "activation": "config editor gemms ops",
     "prune": "config fqn legal model_names ops report",
-    "model_names": "fqn legal",
-    "rewriter": "config gemms legal ops",
+    "model_names": "config fqn legal",
+    "rewriter": "config editor gemms legal ops",
+    "gradient": "editor gemms grad_ops",
+    "editor": "gemms",
     "profit": "config gemms kernels",
     "legal": "config gemms kernels",
     "find": "backward fqn gemms",
     "backward": "gemms",
     "gemms": "",
     "lowering": "cuda_ops ops",
-    "ops": "cuda_ops reference",
+    "grad_ops": "ops reference_mvue",
+    "ops": "cuda_ops reference reference_activation",
+    "reference_activation": "reference",
     "cuda_ops": "kernels reference",
     "report": "config",
     "fqn": "config",
+    "reference_mvue": "reference",
     "reference": "",
     "config": "",
     "kernels": "kernels",
 }
 
 CONTRACT = {
+    "ActivationSparsity": "(*, mask='optimal', grad_input='dense', backend='auto')",
     "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, backend='auto')",
     "sparse_backend": "(config, *, model=None, inner='inductor', strict=False, tune='auto', **inductor_options)",
     "SparsePass": "(config, *, strict=False, tune='auto')",
@@ -195,7 +203,7 @@ def test_documented(name: str) -> None:
     text = inspect.getdoc(public) or ""
     assert len(text) > 40
     assert not text.startswith(f"{name}("), "that is the docstring which dataclass makes"
-    if name == "WeightSparsity":
+    if name in ("ActivationSparsity", "WeightSparsity"):
         # Field docstrings, which only the source has.
         text += inspect.getsource(public)
         (body,) = ast.parse(inspect.getsource(public)).body

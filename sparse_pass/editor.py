@@ -1,0 +1,114 @@
+"""The edits that every rewrite of a graph is made of: new calls with the right metadata, in the right place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from .gemms import aten, is_flip, is_move
+
+# Values of one node, not of what replaces it; all other metadata (module stack, seq_nr, partitioner and
+# recompute tags) must come along, or the partitioner and checkpointing misplace the new node.
+_OWN_META = frozenset({"val", "tensor_meta", "eager_input_vals", "desc"})
+
+
+class Editor:
+    """Inserts calls into one graph; what several linears share is made once."""
+
+    def __init__(self, graph: Graph, mode: FakeTensorMode) -> None:
+        self.graph = graph
+        self.order = {node: place for place, node in enumerate(graph.nodes)}
+        """Places in the graph as it was captured."""
+        self.made: dict[Any, Node] = {}
+        """What was made once, by what it is."""
+        self.outdated: list[Node] = []
+        """Nodes of the captured graph that may have lost their users."""
+        self._mode = mode
+
+    def once(self, key: Any, make: Callable[[], Node]) -> Node:
+        """The node of this key, made if there is none yet."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    def call_before(
+        self,
+        before: Node,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        *,
+        like: Node | None = None,
+    ) -> Node:
+        """Insert a call before ``before``, with the metadata of ``like`` (default: of ``before``)."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs or {})
+        source = before if like is None else like
+        node.meta = {key: value for key, value in source.meta.items() if key not in _OWN_META}
+        values, named = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self._mode, torch.no_grad():
+            node.meta["val"] = target(*values, **named)
+        return node
+
+    def zero(self, value_like: Node, before: Node, *, like: Node) -> Node:
+        """A zero of the dtype and device of ``value_like``."""
+        value = value_like.meta["val"]
+        kwargs = {
+            "dtype": value.dtype,
+            "layout": torch.strided,
+            "device": value.device,
+            "pin_memory": False,
+        }
+        return self.call_before(before, aten.full.default, ([], 0), kwargs, like=like)
+
+    def flipped(self, matrix: Node, before: Node) -> Node:
+        """The transpose of a matrix; of one that is a transpose itself, what it was made from."""
+        source = matrix.args[0] if is_flip(matrix) else None
+        if isinstance(source, Node):
+            return source
+        return self.call_before(before, aten.permute.default, (matrix, [1, 0]))
+
+    def replay(self, chain: Sequence[Node], old: Node, new: Node, before: Node) -> Node:
+        """Run the moves of ``chain``, the first of which reads ``old``, on ``new``."""
+        for node in chain:
+            source, target = old, new
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: target if n is source else n)  # noqa: B023
+            old, new = node, self.call_before(before, node.target, args, kwargs, like=node)
+        return new
+
+    def laid_out(self, mask: Node, value: Node, before: Node, *, like: Node) -> Node:
+        """The mask in the memory order of ``value``.
+
+        The first operand of ``where`` decides the strides of its result, and what reads the result was
+        captured with those of ``value``: a ``view`` of other strides fails or makes a tensor of other strides.
+        """
+        strides = value.meta["val"].stride()
+        if mask.meta["val"].stride() == strides or not all(isinstance(stride, int) for stride in strides):
+            return mask
+        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        inverse = [order.index(dim) for dim in range(len(strides))]
+        for target, args, kwargs in (
+            (aten.permute.default, (order,), {}),
+            (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
+            (aten.permute.default, (inverse,), {}),
+        ):
+            mask = self.call_before(before, target, (mask, *args), kwargs, like=like)
+        return mask
+
+    def erase_unused(self, node: object) -> None:
+        """Erase a call that nothing reads any more, and the moves that led to it alone."""
+        while isinstance(node, Node) and is_move(node) and not node.users:
+            source = node.args[0]
+            self.graph.erase_node(node)
+            node = source
+
+    def clean(self) -> None:
+        """Erase what the rewrites left without users, of what is outdated and of what was made once."""
+        for node in reversed(list(dict.fromkeys([*self.outdated, *self.made.values()]))):
+            if not node.users and not node._erased:
+                self.graph.erase_node(node)

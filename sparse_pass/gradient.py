@@ -1,0 +1,69 @@
+"""Rewrite grad_weight with a 2:4 grad_output, drawn anew in every step.
+
+Before and after (sparse)::
+
+    dw = mm(permute(dy), x)
+
+    seed   = randint(0, 2**62, [1])
+    packed = sparse_pass.sparsify_mvue(dy, seed)
+    dw     = sparse_pass.grad_weight(packed, x, N)
+
+and as masked_dense::
+
+    seed = randint(0, 2**62, [1])
+    dw   = mm(permute(sparse_pass.mvue24(dy, seed)), x)
+
+Each call of a linear has a seed of its own, of torch's generator of the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from . import grad_ops as _grad_ops  # noqa: F401  (registers torch.ops.sparse_pass)
+from .editor import Editor
+from .gemms import GradWeight, aten
+
+sparse_ops = torch.ops.sparse_pass
+
+_SEEDS = 2**62
+"""How many seeds there are: what torch.randint and Inductor's own random numbers can draw from."""
+
+
+def rewrite_grad_weight(edit: Editor, grad_weight: GradWeight, *, sparse: bool) -> None:
+    """Rewrite the GEMM of one call, to the sparse kernel or to a dense matmul of the same numbers."""
+    gemm, place = grad_weight.gemm, grad_weight.place
+    operand = gemm.args[place]
+    assert isinstance(operand, Node)
+    grad_output = edit.flipped(operand, gemm) if place == 0 else operand
+    kwargs = {
+        "dtype": torch.int64,
+        "layout": torch.strided,
+        "device": operand.meta["val"].device,
+        "pin_memory": False,
+    }
+    seed = edit.call_before(gemm, aten.randint.low, (0, _SEEDS, [1]), kwargs)
+    if sparse:
+        _multiply_sparse(edit, grad_weight, grad_output, seed)
+    else:
+        kept = edit.call_before(gemm, sparse_ops.mvue24.default, (grad_output, seed))
+        gemm.update_arg(place, edit.flipped(kept, gemm) if place == 0 else kept)
+    edit.erase_unused(operand)
+
+
+def _multiply_sparse(edit: Editor, grad_weight: GradWeight, grad_output: Node, seed: Node) -> None:
+    gemm, place = grad_weight.gemm, grad_weight.place
+    other = gemm.args[1 - place]
+    assert isinstance(other, Node)
+    packed = edit.call_before(gemm, sparse_ops.sparsify_mvue.default, (grad_output, seed))
+    out_features = grad_output.meta["val"].shape[1]
+    input = edit.flipped(other, gemm) if place == 1 else other
+    result = edit.call_before(gemm, sparse_ops.grad_weight.default, (packed, input, out_features))
+    if place == 1:
+        # In the memory order of the GEMM that it replaces: what reads it was captured with that.
+        turned = edit.call_before(gemm, aten.permute.default, (result, [1, 0]))
+        result = edit.call_before(gemm, aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
+    gemm.replace_all_uses_with(result)
+    edit.graph.erase_node(gemm)
+    edit.erase_unused(other)

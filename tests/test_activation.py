@@ -1,0 +1,704 @@
+"""`ActivationSparsity`: masks of inputs, and exactness against eager models whose linears are given masked inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from graph_printer import capture, printed
+from support import TOLERANCE, decay_of, errors, fresh_compile, invariants_checked, relative_error, run
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import sparse_pass as sp
+from sparse_pass import reference, reference_mvue
+from sparse_pass.config import input_scheme, weight_scheme
+from sparse_pass.fqn import parse_config
+from sparse_pass.graph_pass import rewrite_graph
+
+ACT = sp.ActivationSparsity()
+MASKED = sp.ActivationSparsity(grad_input="masked")
+ROWWISE = sp.ActivationSparsity(mask="rowwise")
+SCHEMES = [ACT, MASKED, ROWWISE, sp.ActivationSparsity(mask="greedy"), replace(ROWWISE, grad_input="masked")]
+INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+INF, NAN = float("inf"), float("nan")
+ops = torch.ops.sparse_pass
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    with fresh_compile():
+        yield
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+# Masks
+
+
+def mask_by_hand(x: Tensor, mask: str) -> Tensor:
+    """As the docstring says it, not the code under test."""
+    matrix = x.detach().reshape(-1, x.shape[-1])
+    if mask == "rowwise":
+        kept = torch.zeros(matrix.shape, dtype=torch.bool)
+        for row, numbers in enumerate(matrix.abs().tolist()):
+            for start in range(0, len(numbers), 4):
+                group = range(start, start + 4)
+                for place in sorted(group, key=lambda at: (-numbers[at], at))[:2]:
+                    kept[row, place] = True
+    else:
+        rows = matrix.shape[0]
+        padded = torch.zeros(rows + -rows % 4, x.shape[-1], dtype=x.dtype)
+        padded[:rows] = matrix
+        kept = reference.mask24(padded, mask)[:rows]
+    return kept.view(x.shape)
+
+
+@pytest.mark.parametrize("mask", ["optimal", "greedy", "rowwise"])
+@pytest.mark.parametrize("shape", [(8, 12), (7, 8), (1, 4), (12,), (2, 3, 8), (2, 1, 5, 4), (0, 8), (2, 0, 8)], ids=str)
+def test_masks(shape: tuple[int, ...], mask: str) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        x = torch.randn(shape).to(dtype)
+        kept = ops.input_mask24(x, mask)
+        assert kept.is_contiguous()
+        assert torch.equal(kept, mask_by_hand(x, mask))
+        assert (kept.reshape(-1, 4).sum(1) <= 2).all()
+
+
+def test_ties_and_what_is_not_finite() -> None:
+    x = torch.tensor([[1.0, -1, 1, 1], [0, 0, 0, 0], [1, NAN, 2, -INF], [3, 4, -4, 3]])
+    expected = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 0, 1], [0, 1, 1, 0]]
+    assert ops.input_mask24(x, "rowwise").int().tolist() == expected
+
+
+def test_rows_are_independent_if_rowwise_and_only_then() -> None:
+    """Another last token changes nothing of the first ones, or it would be known to them."""
+    x = torch.randn(16, 64)
+    changed = torch.cat([x[:-1], 10 * torch.randn(1, 64)])
+    for mask in ("rowwise", "optimal"):
+        before, after = (ops.input_mask24(one, mask)[:-1] for one in (x, changed))
+        assert torch.equal(before, after) == (mask == "rowwise")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    for x in (torch.randn(7, 8), torch.randn(8, 7).T, torch.randn(2, 3, 8), torch.randn(0, 8), torch.randn(8)):
+        for mask in ("optimal", "greedy", "rowwise"):
+            torch.library.opcheck(ops.input_mask24.default, (x.to(dtype), mask))
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "parts"),
+    [
+        (torch.zeros(4, 4), "best", ["'best'", "optimal, greedy, rowwise"]),
+        (torch.zeros(4, 6), "optimal", ["[4, 6]", "multiple of 4"]),
+        (torch.tensor(1.0), "rowwise", ["[]", "[..., K]"]),
+        (torch.zeros(4, 4, dtype=torch.int8), "optimal", ["torch.int8", "float32"]),
+    ],
+)
+def test_op_errors(x: Tensor, mask: str, parts: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"mask|input") as error:
+        ops.input_mask24(x, mask)
+    assert all(part in str(error.value) for part in parts), error.value
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=r"mask|input"):
+        ops.input_mask24(mode.from_tensor(x), mask)
+
+
+# The scheme
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("mask", "best", "expected one of 'optimal', 'greedy', 'rowwise'"),
+        ("grad_input", "sparse", "expected one of 'dense', 'masked'"),
+        ("backend", None, "expected one of 'auto', 'cusparselt', 'masked_dense'"),
+    ],
+)
+def test_bad_field(field: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=rf"ActivationSparsity\({field}={value!r}\): {expected}"):
+        sp.ActivationSparsity(**{field: value})
+
+
+def test_is_a_frozen_value() -> None:
+    assert sp.ActivationSparsity() == ACT
+    assert [str(scheme) for scheme in SCHEMES[:3]] == ["act24", "act24(grad_input=masked)", "act24(mask=rowwise)"]
+    with pytest.raises(FrozenInstanceError):
+        ACT.mask = "greedy"  # type: ignore[misc]
+
+
+def test_uuid_knows_every_field() -> None:
+    """Of a scheme alone and in a tuple."""
+    other = {"mask": "rowwise", "grad_input": "masked", "backend": "masked_dense"}
+    assert set(other) == {field.name for field in fields(ACT)}
+    schemes = [ACT, *(replace(ACT, **{name: value}) for name, value in other.items())]
+    configs = [*schemes, *((sp.WeightSparsity(), scheme) for scheme in schemes), sp.WeightSparsity()]
+    assert len({sp.SparsePass({"0": scheme}).uuid() for scheme in configs}) == len(configs)
+
+
+# The reference
+
+
+def masked_input(x: Tensor, scheme: sp.ActivationSparsity) -> Tensor:
+    kept = torch.where(mask_by_hand(x, scheme.mask), x, torch.zeros_like(x))
+    return kept if scheme.grad_input == "masked" else x + (kept - x).detach()
+
+
+class Product(torch.autograd.Function):
+    """Both schemes: S(X) W^T; dY S(W); dY^T S(X), or that of a 2:4 dY and of X."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, both: Any, drawn: list[Any]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.both, ctx.drawn = both, drawn
+        scheme = input_scheme(both)
+        return torch.where(mask_by_hand(x, scheme.mask), x, 0) @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        on_weight, on_input = weight_scheme(ctx.both), input_scheme(ctx.both)
+        kept, mask = mask_by_hand(x, on_input.mask), sp.mask24(weight, on_weight.mask)
+        grad_input = grad @ torch.where(mask, weight, 0)
+        if on_input.grad_input == "masked":
+            grad_input = torch.where(kept, grad_input, 0)
+        if on_weight.grad_weight == "mvue":
+            seen, seed = ctx.drawn.pop(0)
+            assert relative_error(seen, grad) < TOLERANCE[grad.dtype]
+            grad_weight = reference_mvue.mvue24(seen, seed).T @ x
+        else:
+            grad_weight = grad.T @ torch.where(kept, x, 0)
+        if on_weight.grad_weight == "masked":
+            grad_weight = torch.where(mask, grad_weight, 0)
+        return grad_input, grad_weight + decay_of(weight, on_weight), None, None
+
+
+def reference_of(model: nn.Module, config: Mapping[str, Any], drawn: list[Any]) -> nn.Module:
+    made = copy.deepcopy(model)
+
+    def masking(scheme: sp.ActivationSparsity) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            autocast = torch.is_autocast_enabled("cpu")
+            return (masked_input(inputs[0].to(torch.get_autocast_dtype("cpu")) if autocast else inputs[0], scheme),)
+
+        return hook
+
+    def product(both: Any) -> Callable[..., Any]:
+        def forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            (x,) = inputs
+            y = Product.apply(x.reshape(-1, x.shape[-1]), module.weight, both, drawn)
+            return (y if module.bias is None else y + module.bias).view(output.shape)
+
+        return forward
+
+    for name, scheme in config.items():
+        module = made.get_submodule(name)
+        if isinstance(scheme, tuple):
+            module.register_forward_hook(product(scheme))
+        else:
+            module.register_forward_pre_hook(masking(scheme))
+    return made
+
+
+def check(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    *batches: Tensor,
+    inner: str = "aot_eager",
+    dynamic: bool | str = False,
+    context: Callable[[], Any] = nullcontext,
+    backward: bool = True,
+    sites: int | None = None,
+    tolerance: float = TOLERANCE[torch.float32],
+) -> sp.Report:
+    """Compile and train a step per batch; all must be the reference's, and the reference not the dense model."""
+    backend = sp.sparse_backend(config, model=model, inner=inner)
+    drawn: list[Any] = []
+    estimate = reference_mvue._estimate
+
+    def record(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        drawn.append((grad.clone(), seed.clone()))
+        return estimate(grad, seed)
+
+    options = {"context": context, "backward": backward}
+    with fresh_compile(), invariants_checked(), pytest.MonkeyPatch.context() as patch:
+        compiled = torch.compile(model, backend=backend, dynamic=None if dynamic == "batch" else dynamic)
+        for x in batches:
+            patch.setattr(reference_mvue, "_estimate", record)
+            actual = run(compiled, dict(model.named_parameters()), [x], mark_dynamic=dynamic == "batch", **options)
+            patch.setattr(reference_mvue, "_estimate", estimate)
+            reference = reference_of(model, config, drawn)
+            expected = run(reference, dict(reference.named_parameters()), [x], **options)
+            assert not drawn
+            found = errors(actual, expected)
+            assert max(found.values()) < tolerance, found
+            dense = errors(run(model, dict(model.named_parameters()), [x], **options), expected)
+            if x.numel():
+                assert max(dense[key] for key in dense if key.startswith("output")) > 5 * tolerance
+                if backward:
+                    assert max(dense[key] for key in dense if "gradient" in key) > 5 * tolerance
+    count = len(config) if sites is None else sites
+    assert len(backend.report.sites) == count * (1 if dynamic else len(batches)), str(backend.report)
+    assert {site.output for site in backend.report.sites} == {"masked_dense"}
+    assert backend.report.unmatched == ()
+    return backend.report
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int = 8, hidden: int = 12, bias: bool = True, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, hidden, bias), nn.Linear(hidden, dim, bias)
+        self.checkpointed = checkpointed
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x.cos()).relu().square()).sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+
+
+class Attention(nn.Module):
+    """Three linears of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v)]
+        return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)).sin()
+
+
+class Conv1D(nn.Module):
+    """As transformers has it in GPT-2."""
+
+    def __init__(self, k: int, n: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(k, n) / 3), nn.Parameter(torch.randn(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], -1)
+
+
+def both(scheme: Any) -> dict[str, Any]:
+    return {"up": scheme, "down": scheme}
+
+
+# Exactness
+
+
+@INNERS
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_mlp(scheme: sp.ActivationSparsity, inner: str) -> None:
+    report = check(Mlp(), both(scheme), leaf(2, 5, 8), inner=inner)
+    assert {(site.status, site.grad_input, site.grad_weight) for site in report.sites} == {
+        ("masked_dense", "dense", "masked_dense")
+    }
+
+
+SHAPES = [(8,), (6, 8), (1, 8), (2, 3, 8), (2, 1, 3, 8), (2, 2, 1, 3, 8), (0, 8), (2, 0, 8)]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rank(shape: tuple[int, ...], bias: bool) -> None:
+    check(Mlp(bias=bias), both(MASKED), leaf(*shape))
+
+
+@pytest.mark.parametrize(("shape", "bias"), [((8,), True), ((1, 8), False)], ids=str)
+def test_one_row_through_inductor(shape: tuple[int, ...], bias: bool) -> None:
+    """Where a matmul of one row is a product and a sum."""
+    check(Mlp(bias=bias), both(MASKED), leaf(*shape), inner="inductor")
+
+
+@INNERS
+@pytest.mark.parametrize("scheme", [ACT, MASKED], ids=str)
+def test_attention(scheme: sp.ActivationSparsity, inner: str) -> None:
+    check(Attention(), dict.fromkeys(["q", "k", "v", "out"], scheme), leaf(2, 5, 16), inner=inner)
+
+
+@INNERS
+def test_conv1d(inner: str) -> None:
+    model = nn.Sequential(nn.Tanh(), Conv1D(8, 12), nn.Tanh(), Conv1D(12, 8))
+    check(model, {"1": MASKED, "3": ACT}, leaf(2, 5, 8), inner=inner)
+
+
+@INNERS
+@pytest.mark.parametrize("scheme", [ACT, MASKED], ids=str)
+def test_autocast_and_dynamic_batch(scheme: sp.ActivationSparsity, inner: str) -> None:
+    """The mask is chosen on what the matmul reads, which is bfloat16."""
+    check(
+        Mlp(16, 32), both(scheme), leaf(3, 16), leaf(5, 16), leaf(8, 16), inner=inner, dynamic="batch",
+        context=lambda: torch.autocast("cpu", torch.bfloat16), tolerance=TOLERANCE[torch.bfloat16],
+    )  # fmt: skip
+
+
+@INNERS
+def test_dynamic_rank_3(inner: str) -> None:
+    check(Mlp(), both(MASKED), leaf(2, 5, 8), leaf(3, 7, 8), inner=inner, dynamic=True)
+
+
+@INNERS
+@pytest.mark.parametrize("scheme", [ACT, MASKED], ids=str)
+def test_checkpointed(scheme: sp.ActivationSparsity, inner: str) -> None:
+    check(Mlp(checkpointed=True), both(scheme), leaf(6, 8), inner=inner)
+
+
+def test_tied() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model[3].weight = model[1].weight
+    check(model, {"1": MASKED, "3": ACT}, leaf(5, 8))
+
+
+def test_frozen_and_inference() -> None:
+    model = Mlp()
+    model.up.weight.requires_grad_(False)
+    report = check(model, both(ACT), leaf(5, 8))
+    assert [site.grad_weight for site in report.sites] == [None, "masked_dense"]
+    with torch.no_grad():
+        report = check(Mlp(), both(MASKED), torch.randn(5, 8), backward=False)
+    assert {(site.grad_input, site.grad_weight) for site in report.sites} == {(None, None)}
+
+
+def test_input_without_a_gradient() -> None:
+    model = nn.Sequential(nn.Linear(8, 12))
+    report = check(model, {"0": MASKED}, torch.randn(5, 8))
+    assert report.sites[0].grad_input is None
+
+
+def strided(kind: str) -> Tensor:
+    made = {
+        "transposed": torch.randn(6, 5, 8).transpose(0, 1),
+        "features outermost": torch.randn(8, 6).t(),
+        "every second": torch.randn(6, 16)[:, ::2],
+        "expanded rows": torch.randn(1, 8).expand(6, 8),
+        "offset": torch.randn(100)[4:52].view(6, 8),
+    }
+    return made[kind].requires_grad_()
+
+
+@pytest.mark.parametrize("kind", ["transposed", "features outermost", "every second", "expanded rows", "offset"])
+def test_strides(kind: str) -> None:
+    check(nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)), {"0": MASKED, "2": MASKED}, strided(kind))
+
+
+class By(nn.Module):
+    """A GEMM written by hand, whose input may be masked, which makes it the reference."""
+
+    def __init__(self, multiply: Callable[..., Tensor], shape: tuple[int, ...], k_last: bool) -> None:
+        super().__init__()
+        self.multiply, self.k_last = multiply, k_last
+        self.w, self.b = nn.Parameter(torch.randn(shape) / 3), nn.Parameter(torch.randn(12))
+        self.scheme: sp.ActivationSparsity | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.cos()
+        if self.scheme is not None:
+            x = masked_input(x, self.scheme) if self.k_last else masked_input(x.mT, self.scheme).mT
+        return self.multiply(x, self.w, self.b).sin()
+
+
+WAYS = {
+    "x @ w.T": (lambda x, w, b: x @ w.T, (12, 8), (5, 8), True),
+    "x @ w, rank 4": (lambda x, w, b: x @ w + b, (8, 12), (2, 3, 5, 8), True),
+    "w @ x": (lambda x, w, b: w @ x, (12, 8), (8, 5), False),
+    "w.T @ x": (lambda x, w, b: w.T @ x, (8, 12), (8, 5), False),
+    "w @ vector": (lambda x, w, b: w @ x + b, (12, 8), (8,), True),
+    "vector @ w": (lambda x, w, b: x @ w, (8, 12), (8,), True),
+    "mv": (lambda x, w, b: torch.mv(w, x), (12, 8), (8,), True),
+    "addmv": (lambda x, w, b: torch.addmv(b, w, x, beta=2, alpha=3), (12, 8), (8,), True),
+    "addmm, scaled": (lambda x, w, b: torch.addmm(b, x, w.T, beta=0.5, alpha=2), (12, 8), (5, 8), True),
+    "addmm, weight left": (lambda x, w, b: torch.addmm(b[:, None], w, x, alpha=2), (12, 8), (8, 5), False),
+    "einsum": (lambda x, w, b: torch.einsum("bnk,ok->bno", x, w), (12, 8), (2, 5, 8), True),
+    "first rows": (lambda x, w, b: F.linear(x, w[:3], b[:3]), (12, 8), (5, 8), True),
+    "cast": (lambda x, w, b: F.linear(x.double(), w.double()).float(), (12, 8), (5, 8), True),
+    "bmm, expanded": (lambda x, w, b: torch.bmm(x, w.T.expand(2, 8, 12)), (12, 8), (2, 5, 8), True),
+    "baddbmm, expanded": (
+        lambda x, w, b: torch.baddbmm(b, x, w.T.expand(2, 8, 12), beta=2, alpha=0.5), (12, 8), (2, 5, 8), True
+    ),
+    "mv as product and sum": (lambda x, w, b: (w * x).sum(1), (12, 8), (8,), True),
+    "product and sum": (lambda x, w, b: (x.T * w.T).sum(0, keepdim=True), (12, 8), (1, 8), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", [ACT, MASKED], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_way(way: str, scheme: sp.ActivationSparsity) -> None:
+    multiply, weight, size, k_last = WAYS[way]
+    model, x = By(multiply, weight, k_last), leaf(*size)
+    expected_from = copy.deepcopy(model)
+    expected_from.scheme = scheme
+    backend = sp.sparse_backend({"w": scheme}, model=model, inner="aot_eager")
+    with invariants_checked():
+        actual = run(torch.compile(model, backend=backend), dict(model.named_parameters()), [x])
+    expected = run(expected_from, dict(expected_from.named_parameters()), [x])
+    found = errors(actual, expected)
+    assert max(found.values()) < TOLERANCE[torch.float32], f"{found}\n{backend.report}"
+    dense = errors(run(model, dict(model.named_parameters()), [x]), expected)
+    assert dense["output 0"] > 0.01
+    assert dense["gradient of w"] > 0.01
+    (site,) = backend.report.sites
+    assert (site.output, site.grad_weight) == ("masked_dense", "masked_dense")
+
+
+# Together with 2:4 weights
+
+
+PAIRS = [
+    (sp.WeightSparsity(), ACT),
+    (MASKED, sp.WeightSparsity(mask="greedy")),
+    (sp.WeightSparsity(grad_weight="masked", decay=0.3), ROWWISE),
+    (sp.WeightSparsity(grad_weight="mvue"), MASKED),
+    (sp.WeightSparsity(grad_weight="mvue", decay=0.3), ACT),
+]
+
+
+@INNERS
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " + ".join(map(str, pair)))
+def test_pair(pair: Any, inner: str) -> None:
+    """output: the input is sparse; grad_input: the weight; grad_weight: the input, or with mvue grad_output."""
+    check(Mlp(16, 32), {"up": pair, "down": pair}, leaf(2, 9, 16), inner=inner)
+
+
+def test_pair_with_kernels() -> None:
+    pair = (sp.WeightSparsity(grad_weight="mvue", backend="cusparselt"), ACT)
+    model, x = Mlp(64, 128).bfloat16(), torch.randn(70, 64).bfloat16().requires_grad_()
+    report = check(model, both(pair), x, tolerance=TOLERANCE[torch.bfloat16])
+    assert {(site.status, site.output, site.grad_input, site.grad_weight) for site in report.sites} == {
+        ("sparse", "masked_dense", "reference", "reference")
+    }
+    assert "w24(grad_weight=mvue, backend=cusparselt) + act24" in str(report)
+
+
+# Graphs
+
+
+class Up(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 128, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x.sin())
+
+
+def rewritten(scheme: Any) -> str:
+    captured = capture(Up(), [leaf(8, 64)], {"up": scheme})
+    captured.check_invariants()
+    return captured.text
+
+
+def test_golden() -> None:
+    assert_expected_inline(
+        rewritten(ACT),
+        """\
+sin = aten.sin(primals_1)
+permute = aten.permute(primals_2, [1, 0])  # up
+input_mask24 = sparse_pass.input_mask24(sin, 'optimal')  # up
+full = aten.full(0)  # up
+where = aten.where(input_mask24, sin, full)  # up
+mm = aten.mm(where, permute)  # up
+permute_1 = aten.permute(tangents_1, [1, 0])  # up, backward
+mm_1 = aten.mm(permute_1, where)  # up, backward
+permute_2 = aten.permute(mm_1, [1, 0])  # up, backward
+permute_3 = aten.permute(permute, [1, 0])  # up, backward
+mm_2 = aten.mm(tangents_1, permute_3)  # up, backward
+permute_4 = aten.permute(permute_2, [1, 0])  # up, backward
+cos = aten.cos(primals_1)  # backward
+mul = aten.mul(mm_2, cos)  # backward
+return mm, mul, permute_4""",
+    )
+
+
+def test_golden_masked_gradient() -> None:
+    assert_expected_inline(
+        rewritten(MASKED),
+        """\
+sin = aten.sin(primals_1)
+permute = aten.permute(primals_2, [1, 0])  # up
+input_mask24 = sparse_pass.input_mask24(sin, 'optimal')  # up
+full = aten.full(0)  # up
+where = aten.where(input_mask24, sin, full)  # up
+mm = aten.mm(where, permute)  # up
+permute_1 = aten.permute(tangents_1, [1, 0])  # up, backward
+mm_1 = aten.mm(permute_1, where)  # up, backward
+permute_2 = aten.permute(mm_1, [1, 0])  # up, backward
+permute_3 = aten.permute(permute, [1, 0])  # up, backward
+mm_2 = aten.mm(tangents_1, permute_3)  # up, backward
+full_1 = aten.full(0)  # up, backward
+where_1 = aten.where(input_mask24, mm_2, full_1)  # up, backward
+permute_4 = aten.permute(permute_2, [1, 0])  # up, backward
+cos = aten.cos(primals_1)  # backward
+mul = aten.mul(where_1, cos)  # backward
+return mm, mul, permute_4""",
+    )
+
+
+def test_golden_pair() -> None:
+    assert_expected_inline(
+        rewritten((sp.WeightSparsity(), ROWWISE)),
+        """\
+sin = aten.sin(primals_1)
+permute = aten.permute(primals_2, [1, 0])  # up
+input_mask24 = sparse_pass.input_mask24(sin, 'rowwise')  # up
+full = aten.full(0)  # up
+where = aten.where(input_mask24, sin, full)  # up
+mask24 = sparse_pass.mask24(primals_2, 'optimal')  # up
+full_1 = aten.full(0)  # up
+where_1 = aten.where(mask24, primals_2, full_1)  # up
+permute_1 = aten.permute(where_1, [1, 0])  # up
+mm = aten.mm(where, permute)  # up
+permute_2 = aten.permute(tangents_1, [1, 0])  # up, backward
+mm_1 = aten.mm(permute_2, where)  # up, backward
+permute_3 = aten.permute(mm_1, [1, 0])  # up, backward
+permute_4 = aten.permute(permute_1, [1, 0])  # up, backward
+mm_2 = aten.mm(tangents_1, permute_4)  # up, backward
+permute_5 = aten.permute(permute_3, [1, 0])  # up, backward
+cos = aten.cos(primals_1)  # backward
+mul = aten.mul(mm_2, cos)  # backward
+return mm, mul, permute_5""",
+    )
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(8, 12), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.cos()
+        return F.silu(self.gate(x)) * self.up(x)
+
+
+def test_one_mask_for_linears_of_one_input() -> None:
+    captured = capture(Gated(), [leaf(6, 8)], {"gate": ACT, "up": MASKED})
+    captured.check_invariants()
+    assert captured.text.count("sparse_pass.input_mask24(") == 1
+    check(Gated(), {"gate": ACT, "up": MASKED}, leaf(6, 8))
+
+
+# Reports and refusals
+
+
+def test_features_that_are_no_multiple_of_four() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8)), leaf(5, 8)
+    backend = sp.sparse_backend({"re:.*": ACT}, model=model, inner="aot_eager")
+    torch.compile(model, backend=backend)(x)
+    wide, narrow = backend.report.sites
+    assert (wide.status, wide.fqn) == ("masked_dense", "0")  # N may be anything
+    assert narrow.status == "skipped"
+    assert "the input has 6 features" in narrow.reason
+    for strict, name in ((True, "re:.*"), (False, "2")):
+        torch._dynamo.reset()
+        backend = sp.sparse_backend({name: ACT}, model=model, inner="aot_eager", strict=strict)
+        with pytest.raises(Exception, match=r"'2' .*the input has 6 features"):
+            torch.compile(model, backend=backend)(x)
+    with pytest.raises(ValueError, match=r"'0' cannot be sparsified: the weight is \[6, 10\]"):
+        sp.sparse_backend({"0": ACT}, model=nn.Sequential(nn.Linear(10, 6)))
+
+
+def test_of_a_pair_both_must_be_possible() -> None:
+    model = nn.Sequential(nn.Linear(8, 6))
+    backend = sp.sparse_backend({"*": (sp.WeightSparsity(), ACT)}, inner="aot_eager")
+    x = torch.randn(5, 8)
+    assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
+    assert backend.report.sites[0].status == "skipped"
+
+
+def test_reasons() -> None:
+    for scheme, reason in (
+        (ACT, "no 2:4 kernels on cpu"),
+        (replace(ACT, backend="masked_dense"), "backend='masked_dense' was asked for"),
+        (replace(ACT, backend="cusparselt"), "2:4 inputs have no kernels yet"),
+        (
+            ROWWISE,
+            "no 2:4 kernels on cpu; grad_weight: a rowwise mask is not 2:4 along M, over which it contracts",
+        ),
+    ):
+        (site,) = sp.explain(Up(), {"up": scheme})(leaf(8, 64)).sites
+        assert site.reason == reason
+
+
+class OwnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.T @ x
+
+
+def test_grad_weight_of_unknown_origin() -> None:
+    """Stays as it is, with a reason; an error if strict."""
+    model, x = By(lambda x, w, b: OwnLinear.apply(x, w), (12, 8), True), leaf(5, 8)
+    backend = sp.sparse_backend({"w": ACT}, model=model, inner="aot_eager")
+    with invariants_checked():
+        run(torch.compile(model, backend=backend), dict(model.named_parameters()), [x])
+    (site,) = backend.report.sites
+    assert (site.output, site.grad_weight) == ("masked_dense", "dense")
+    assert site.reason.endswith("grad_weight: not found in the graph; left as captured")
+    torch._dynamo.reset()
+    backend = sp.sparse_backend({"w": ACT}, model=model, inner="aot_eager", strict=True)
+    with pytest.raises(Exception, match="changes grad_weight, but grad_weight: not found"):
+        torch.compile(model, backend=backend)(x)
+
+
+def test_gradient_of_the_input_of_unknown_origin_is_refused() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), Shared())
+    graph = capture(model, [leaf(5, 8)], {"1": ACT}).before.graph
+    for node in graph.nodes:
+        if node.meta.get("partitioner_tag") == "is_backward":
+            node.meta.pop("seq_nr", None)
+    before = printed(graph)
+    with pytest.raises(ValueError, match=r"act24\(grad_input=masked\) changes grad_input, but grad_input: a backward"):
+        rewrite_graph(graph, parse_config({"3.fc": MASKED}))
+    assert printed(graph) == before
+
+
+class Shared(nn.Module):
+    """One weight in two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() @ self.fc.weight @ self.fc.weight + self.fc(x)
+
+
+def test_prune_leaves_the_weight_dense() -> None:
+    model = Mlp()
+    before = copy.deepcopy(model.state_dict())
+    report = sp.prune_(model, {"up": ACT, "down": (sp.WeightSparsity(), ACT)})
+    assert {site.fqn: site.status for site in report.sites} == {"up": "skipped", "down": "sparse"}
+    assert "of the input only" in next(site.reason for site in report.sites if site.fqn == "up")
+    assert torch.equal(model.up.weight, before["up.weight"])
+    assert torch.equal(model.down.weight, before["down.weight"] * sp.mask24(before["down.weight"]))
+
+
+def test_parts_of_a_model_that_are_treated_differently() -> None:
+    """Compiled one by one: no graph is shared by a block with a 2:4 input and one without."""
+    model = nn.Sequential(Mlp(), Mlp(), Mlp())
+    pair = (sp.WeightSparsity(), ACT)
+    config = {"0.up": ACT, "1.up": pair}
+    backend = sp.sparse_backend(config, model=model, inner="aot_eager")
+    reference = reference_of(model, config, [])
+    for block in model:
+        block.compile(backend=backend)
+    x = torch.randn(5, 8)
+    assert relative_error(model(x), reference(x)) < TOLERANCE[torch.float32]
+    assert {site.fqn: str(site.scheme) for site in backend.report.sites} == {"0.up": str(ACT), "1.up": str(pair)}
