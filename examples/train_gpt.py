@@ -44,6 +44,9 @@ SCHEMES = {
     "w24": sp.WeightSparsity(),
     "w24-greedy": sp.WeightSparsity(mask="greedy"),
     "w24-masked": sp.WeightSparsity(grad_weight="masked"),
+    "w24-mvue": sp.WeightSparsity(grad_weight="mvue"),
+    # By rows: with tiles a token would be known to the ones before it.
+    "act24-rowwise": sp.ActivationSparsity(mask="rowwise"),
 }
 LAYERS = ("blocks.*.mlp.fc1", "blocks.*.mlp.fc2")
 

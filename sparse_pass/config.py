@@ -81,12 +81,13 @@ class ActivationSparsity:
         grad_weight = grad_output.T @ S(input)         [N, K]
 
     S keeps 2 of every 4 numbers of the input, which suits inputs that are mostly zeros, such as after a squared
-    ReLU. The mask is chosen on what the matmul reads, that is after any autocast; the leading dims of the input
-    are one, M, and count as zeros beyond its end. K must be a multiple of 4. It is computed dense so far.
+    ReLU. The mask is chosen on what the matmul reads, that is after any autocast. Leading dims are flattened into
+    M; a last tile of fewer than four rows is filled with zeros. K must be a multiple of 4. There are no sparse
+    kernels for it yet: it is computed with dense matmuls of the masked input.
 
-    With a :class:`WeightSparsity` in a tuple, for one layer, one operand of each matmul is sparse: that of
-    ``output`` and ``grad_weight`` is the input, that of ``grad_input`` the weight; ``grad_weight="mvue"`` is
-    stronger, its operands are the 2:4 ``grad_output`` and the dense input.
+    In a tuple with a :class:`WeightSparsity`, one operand of each matmul is sparse: in ``output`` and
+    ``grad_weight`` the input, in ``grad_input`` the weight. With ``grad_weight="mvue"`` that of ``grad_weight``
+    is ``grad_output``, and the input is dense there.
 
     Raises:
         ValueError: a field has a value outside its choices; the message names field and value.

@@ -64,7 +64,7 @@ def uniform(seed: Tensor, offset: Tensor) -> Tensor:
     """
     word = philox(seed, offset)
     folded = torch.where(word > 0x7FFFFFFF, word ^ _MASK32, word)
-    return folded.to(torch.float32) * torch.tensor(_UNIFORM_SCALE, dtype=torch.float32, device=folded.device)
+    return folded.to(torch.float32) * _UNIFORM_SCALE
 
 
 def choose(group: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ _CASTS = frozenset({aten._to_copy.default, aten.to.dtype, torch.ops.prims.conver
 
 
 class Rewriter:
-    """Rewrites the linears of one graph, in graph order; what several calls share is made once.
+    """Rewrites the weights of one graph, in graph order; what several calls share is made once.
 
     Everything derived from a weight is made right before the first forward GEMM that reads it, so that
     it stands before every backward, in whatever order the calls run backward.

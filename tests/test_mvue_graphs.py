@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ import sparse_pass as sp
 from sparse_pass import reference_mvue
 from sparse_pass.fqn import parse_config
 from sparse_pass.graph_pass import rewrite_graph
+from sparse_pass.legal import Limits
 
 MVUE = sp.WeightSparsity(grad_weight="mvue")
 KERNELS = sp.WeightSparsity(grad_weight="mvue", backend="cusparselt")
@@ -565,6 +567,32 @@ def test_what_the_kernels_do_not_take(model: nn.Module, x: Tensor, kernels: str,
     assert [site.output, site.grad_input, site.grad_weight] == kernels.split()
     assert site.status == ("sparse" if "reference" in kernels else "masked_dense")
     assert reason in site.reason
+
+
+@pytest.mark.parametrize(
+    ("limits", "scheme", "output", "reason"),
+    [
+        (Limits(device="cuda", capability=(9, 0)), MVUE, "cusparselt", "grad_weight: 2:4 gradients have no kernels on"),
+        (Limits(device="cuda", capability=(7, 5)), MVUE, "masked_dense", "SM75 has no sparse tensor cores"),
+        (
+            Limits(device="cuda", capability=(9, 0), unavailable="no library"), MVUE, "masked_dense", "no library",
+        ),
+        (Limits(device="cpu"), MVUE, "masked_dense", "no 2:4 kernels on cpu"),
+        (Limits(device="cpu"), replace(MVUE, backend="masked_dense"), "masked_dense", "backend='masked_dense' was"),
+    ],
+)  # fmt: skip
+def test_reasons(
+    limits: Limits, scheme: sp.WeightSparsity, output: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed does not depend on the device: mvue24, dense, with the reason, which is said once."""
+    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
+    captured = capture(Up().bfloat16(), [leaf(8, 64, dtype=torch.bfloat16)], {"up": scheme})
+    captured.check_invariants()
+    (site,) = captured.report.sites
+    assert (site.output, site.grad_weight) == (output, "masked_dense")
+    assert site.reason.startswith(reason)
+    assert ";" not in site.reason
+    assert captured.text.count("sparse_pass.mvue24(") == 1
 
 
 def test_masked_dense_is_what_the_kernels_compute() -> None:
