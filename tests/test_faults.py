@@ -288,7 +288,7 @@ def test_the_next_layout_is_tried(hopper: None, monkeypatch: pytest.MonkeyPatch)
 def test_training_goes_on_masked_dense_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the probe says; here of a CPU, whose matmuls need no GPU."""
     limits = SimpleNamespace(device="cuda", capability=(9, 0), unavailable="libcusparseLt.so.0 was not found")
-    monkeypatch.setattr("sparse_pass.rewrite_graph.device_limits", lambda device, dtype: limits)
+    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
     torch._dynamo.reset()
     model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
     backend = sp.sparse_backend({"0": sp.WeightSparsity()}, model=model, inner="aot_eager")
