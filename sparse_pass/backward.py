@@ -186,5 +186,6 @@ def _grad_weight(operand: Node, backward: set[Node]) -> GradWeight | None:
     gemm = made_by(operand)
     if gemm.target is not aten.mm.default:
         return None
-    left, right = (source in backward for source in gemm.args)
+    # By what they were made from: moves of the input that stand in the backward are tagged as backward too.
+    left, right = (isinstance(source, Node) and trace(source)[0] in backward for source in gemm.args)
     return None if left == right else GradWeight(gemm, 0 if left else 1)

@@ -32,9 +32,9 @@ _ALG_DEFAULT = 0
 _CONFIG_ID, _CONFIG_MAX_ID = 0, 1
 _CUDA_TYPE = {torch.float16: 2, torch.bfloat16: 14}
 
-# The library's own default, id 0, is slow with a column-major D. By major and minor version: the id that was fastest
-# for most shapes on an H200 with 0.8.0, bfloat16.
-_DEFAULT_ALGORITHM = {(0, 8): 17}
+# The library's own default, id 0, is slow with a column-major D. By the first two numbers of the version and by dtype,
+# since ids mean other kernels in another dtype: one that was fast for all shapes on an H200 with 0.8.0.
+_DEFAULT_ALGORITHM = {((0, 8), torch.bfloat16): 17, ((0, 8), torch.float16): 4}
 
 _ONE, _ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)
 _ALPHA, _BETA = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
@@ -189,7 +189,7 @@ _Key = TypeVar("_Key")
 def _new_plan(problem: Problem, algorithm: int | None, bias: Tensor | None) -> Plan:
     if algorithm is not None:
         return Plan(problem, algorithm, bias)
-    default = _DEFAULT_ALGORITHM.get(version()[:2], 0)
+    default = _DEFAULT_ALGORITHM.get((version()[:2], problem.dtype), 0)
     try:
         return Plan(problem, default, bias)
     except RuntimeError:
