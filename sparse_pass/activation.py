@@ -70,7 +70,7 @@ def rewrite_input(edit: Editor, linear: Linear, scheme: ActivationSparsity, *, g
             found = _gradient_of(input, use.gemm)
             assert found is not None
             gradient, moved = found
-            _mask_gradient(edit, gradient, edit.replay(input.chain, input.node, mask, gemm) if moved else mask)
+            edit.mask_gradient(gradient, edit.replay(input.chain, input.node, mask, gemm) if moved else mask)
     operand = gemm.args[input.place]
     gemm.update_arg(input.place, edit.replay(input.chain, input.node, kept, gemm))
     edit.erase_unused(operand)
@@ -85,15 +85,6 @@ def _mask(edit: Editor, input: Input, mask: str, before: Node) -> Node:
         made = edit.call_before(before, sparse_ops.input_mask24.default, (turned, mask))
         made = edit.call_before(before, aten.transpose.int, (made, -1, -2))
     return edit.laid_out(made, input.node, before, like=before)
-
-
-def _mask_gradient(edit: Editor, gradient: Node, mask: Node) -> None:
-    users, after = list(gradient.users), gradient.next
-    zero = edit.zero(gradient, after, like=gradient)
-    laid_out = edit.laid_out(mask, gradient, after, like=gradient)
-    kept = edit.call_before(after, aten.where.self, (laid_out, gradient, zero), like=gradient)
-    for user in users:
-        user.replace_input_with(gradient, kept)
 
 
 def _reads(linear: Linear, input: Node) -> Iterator[tuple[Node, int, tuple[Node, ...]]]:

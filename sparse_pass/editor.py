@@ -100,6 +100,15 @@ class Editor:
             mask = self.call_before(before, target, (mask, *args), kwargs, like=like)
         return mask
 
+    def mask_gradient(self, gradient: Node, mask: Node) -> None:
+        """Give all that reads a gradient the one that is zero where the mask is False."""
+        users, after = list(gradient.users), gradient.next
+        zero = self.zero(gradient, after, like=gradient)
+        mask = self.laid_out(mask, gradient, after, like=gradient)
+        kept = self.call_before(after, aten.where.self, (mask, gradient, zero), like=gradient)
+        for user in users:
+            user.replace_input_with(gradient, kept)
+
     def erase_unused(self, node: object) -> None:
         """Erase a call that nothing reads any more, and the moves that led to it alone."""
         while isinstance(node, Node) and is_move(node) and not node.users:

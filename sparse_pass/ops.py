@@ -45,25 +45,23 @@ def mask24(weight: Tensor, mask: str = "optimal") -> Tensor:
 # call fails while it is traced.
 
 
-def _check_mask_args(weight: Tensor, mask: str) -> None:
-    if mask not in reference.MASKS:
-        raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(reference.MASKS)}")
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:
+def _check_compared(tensor: Tensor, what: str, mask: str, masks: tuple[str, ...]) -> None:
+    if mask not in masks:
+        raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(masks)}")
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
         raise ValueError(
-            f"a 2:4 mask compares magnitudes and takes float16, bfloat16, float32 or float64, not {weight.dtype}; "
-            "convert the weight first"
+            f"a 2:4 mask compares magnitudes and takes float16, bfloat16, float32 or float64, not {tensor.dtype}; "
+            f"convert the {what} first"
         )
+
+
+def _check_mask_args(weight: Tensor, mask: str) -> None:
+    _check_compared(weight, "weight", mask, reference.MASKS)
     _check_dims(weight, 4, "pad the weight with zeros or leave the layer dense")
 
 
 def _check_input_mask_args(input: Tensor, mask: str) -> None:
-    if mask not in reference_activation.MASKS:
-        raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(reference_activation.MASKS)}")
-    if not input.dtype.is_floating_point or input.dtype.itemsize == 1:
-        raise ValueError(
-            f"a 2:4 mask compares magnitudes and takes float16, bfloat16, float32 or float64, not {input.dtype}; "
-            "convert the input first"
-        )
+    _check_compared(input, "input", mask, reference_activation.MASKS)
     if input.dim() == 0 or input.shape[-1] % 4:
         raise ValueError(
             f"a 2:4 input must be [..., K] with K a multiple of 4, not {list(input.shape)}; leave it dense"

@@ -73,7 +73,8 @@ class Rewriter:
             assert mask is not None
             # The mask takes the weight's way to the operand; casts would turn it into numbers.
             mask_of_operand = self._replay(linear.output.chain, weight, mask, skip=_CASTS)
-            self._mask_gradient(linear, mask_of_operand)
+            assert linear.grad_operand is not None
+            self._edit.mask_gradient(linear.grad_operand, mask_of_operand)
         if decay:
             assert mask is not None
             assert linear.grad_output is not None
@@ -148,17 +149,6 @@ class Rewriter:
             result = self._edit.call_before(gemm, aten.reshape.default, (result, [*leading, out_features]))
         gemm.replace_all_uses_with(result)
         self._edit.graph.erase_node(gemm)
-
-    def _mask_gradient(self, linear: Linear, mask: Node) -> None:
-        gradient = linear.grad_operand
-        assert gradient is not None
-        users = list(gradient.users)
-        after = gradient.next
-        zero = self._edit.zero(gradient, after, like=gradient)
-        mask = self._edit.laid_out(mask, gradient, after, like=gradient)
-        kept = self._edit.call_before(after, aten.where.self, (mask, gradient, zero), like=gradient)
-        for user in users:
-            user.replace_input_with(gradient, kept)
 
     def _decay(self, weight: Node, mask: Node, decay: float, grad_output: int) -> None:
         if ("decay", weight) in self._edit.made:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from graph_printer import capture, printed
-from support import TOLERANCE, decay_of, errors, fresh_compile, invariants_checked, relative_error, run
+from support import TOLERANCE, OwnLinear, decay_of, errors, fresh_compile, invariants_checked, relative_error, run
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -628,18 +628,6 @@ def test_reasons() -> None:
     ):
         (site,) = sp.explain(Up(), {"up": scheme})(leaf(8, 64)).sites
         assert site.reason == reason
-
-
-class OwnLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return grad @ w, grad.T @ x
 
 
 def test_grad_weight_of_unknown_origin() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support import (
     TOLERANCE,
     Config,
+    OwnLinear,
     check_invariants,
     compare,
     errors,
@@ -136,20 +137,6 @@ def test_dynamic_to_one_and_to_none() -> None:
 
 
 # Ways to multiply
-
-
-class OwnLinear(torch.autograd.Function):
-    """A linear whose backward its author wrote."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return grad @ w, grad.T @ x
 
 
 class By(nn.Module):
