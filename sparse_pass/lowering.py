@@ -59,7 +59,9 @@ def _lower_linear(input: Any, packed: Any, bias: Any, out_features: Any, *, tune
     if not fits or not _direct(device, dtype):
         return fallback_handler(_LINEAR, add_to_fallback_set=False)(input, packed, bias, out_features, tuned=tuned)
     operands = [
-        ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x)) for x in (input, packed, bias) if x
+        ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+        for x in (input, packed, bias)
+        if x is not None
     ]
     return ir.TensorBox.create(
         _Linear(

@@ -162,15 +162,16 @@ class Plan:
 
     def _aligned(self, input: Tensor, packed: Tensor, bias: Tensor | None, output: Tensor) -> Tensor:
         """The same with copies of what starts between two 16-byte steps, as a slice may."""
-        input, packed = _realigned(input), _realigned(packed)
-        result = self(input, packed, None if bias is None else _realigned(bias))
+        input, packed = realigned(input), realigned(packed)
+        result = self(input, packed, None if bias is None else realigned(bias))
         return output.copy_(result)
 
     def __str__(self) -> str:
         return f"{self.problem}, algorithm {self.algorithm}"
 
 
-def _realigned(tensor: Tensor) -> Tensor:
+def realigned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that starts between two 16-byte steps."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 

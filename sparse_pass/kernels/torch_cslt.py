@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cusparselt import realigned
+
 
 def compress(masked: Tensor) -> Tensor:
     """Pack a masked weight [N, K], float16 or bfloat16, in the layout of its device: 1-D, N * K * 9 / 16 elements."""
@@ -13,5 +15,7 @@ def compress(masked: Tensor) -> Tensor:
 
 def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """Multiply as `cusparselt.linear` does, whose operands it takes, with the packed weight from `compress`."""
-    matrix = packed.view(out_features, -1)  # torch takes the number of rows from the shape
+    # torch hands the addresses on as they are, and takes the number of rows from the shape.
+    input, matrix = realigned(input), realigned(packed).view(out_features, -1)
+    bias = None if bias is None else realigned(bias)
     return torch._cslt_sparse_mm(matrix, input.T, bias=bias, transpose_result=True)
