@@ -9,7 +9,8 @@ from matplotlib import pyplot as plt
 from measure import arguments, captured, race, save
 from torch import Tensor
 
-from sparse_pass.kernels import compiled, cusparselt, sparsify, tuner
+from sparse_pass.kernels import compiled, problem, sparsify
+from sparse_pass.kernels import measure as tuning
 
 SIZES = [(768, 3072), (1024, 4096), (2048, 2048), (2048, 8192), (4096, 4096), (4096, 14336)]
 ROWS = [128, 512, 1024, 2048, 4096, 8192, 16384, 65536]
@@ -38,9 +39,9 @@ def measure(k: int, n: int, rows: int, dtype: torch.dtype, seconds: float) -> di
     steps = {"dense": lambda: dense(weight), "sparse": sparse, "masked_dense": masked}
     graphs = {name: captured(step) for name, step in steps.items()}
     times = race({name: graph.replay for name, graph in graphs.items()}, seconds)
-    parts = [tuner.preparation_of(0, (n, k), dtype, dtype, "optimal")]
+    parts = [tuning.preparation_of("S(W)", 0, (n, k), dtype, dtype, "optimal")]
     for sizes in ((n, k, True), (k, n, False)):
-        parts.append(tuner.timing_of(cusparselt.Problem(0, dtype, rows, *sizes), measure=True))
+        parts.append(tuning.timing_of(problem.Problem(0, dtype, rows, *sizes), measure=True))
     pays = sum(one.sparse_us for one in parts) < sum(one.dense_us for one in parts)
     chosen = "sparse" if pays else "masked_dense"
     return {

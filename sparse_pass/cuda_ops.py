@@ -10,9 +10,10 @@ import functools
 import importlib.util
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import reference, reference_mvue
 
 
 def is_sm90_layout(device: torch.device, dtype: torch.dtype) -> bool:
@@ -79,6 +80,56 @@ def mask24(weight: Tensor, mask: str) -> Tensor:
 
     with torch.cuda.device(weight.device):
         return kernel.mask24(weight, mask)
+
+
+def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
+    """`torch.ops.sparse_pass.mvue24` for arguments that are known to be right."""
+    if grad.dtype not in (torch.float16, torch.bfloat16) or not grad.numel() or not _has_triton(grad.device):
+        return reference_mvue.mvue24(grad, seed)
+    from .kernels import mvue
+
+    with torch.cuda.device(grad.device):
+        return mvue.mvue24(grad, seed)
+
+
+def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
+    """`torch.ops.sparse_pass.sparsify_mvue` for arguments that are known to be right."""
+    if grad.shape[0] == 0:
+        return grad.new_empty(0)
+    with torch.cuda.device(grad.device):
+        if is_sm90_layout(grad.device, grad.dtype):
+            from .kernels import mvue
+
+            return mvue.sparsify_mvue(grad, seed)
+        from .kernels import torch_cslt
+
+        return torch_cslt.compress(_padded_rows(mvue24(grad, seed)).T)
+
+
+def grad_weight(packed: Tensor, input: Tensor, out_features: int, tuned: bool) -> Tensor:
+    """`torch.ops.sparse_pass.grad_weight` for arguments that are known to be right."""
+    if input.shape[0] == 0:
+        return input.new_zeros(out_features, input.shape[1])
+    packed, padded = packed.contiguous(), _padded_rows(input).contiguous()
+    cols = input.shape[1]
+    if cols % 8:
+        padded = F.pad(padded, (0, -cols % 8))
+    with torch.cuda.device(input.device):
+        if is_sm90_layout(input.device, input.dtype):
+            from .kernels import cusparselt, tuner
+
+            multiply = tuner.product if tuned else cusparselt.product
+            result = multiply("grad_weight", padded, packed, out_features)
+        else:
+            from .kernels import torch_cslt
+
+            result = torch_cslt.product(packed, padded, out_features)
+    return result[:, :cols].contiguous() if cols % 8 else result
+
+
+def _padded_rows(matrix: Tensor) -> Tensor:
+    """With rows of zeros up to a multiple of 64, which meet zeros that are not stored: any number would do but NaN."""
+    return F.pad(matrix, (0, 0, 0, -matrix.shape[0] % 64)) if matrix.shape[0] % 64 else matrix
 
 
 @functools.cache

@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference_mvue
+from . import cuda_ops, reference_mvue
 from .ops import PACKED_DTYPES, forward_only, refuse_to_trace
 
 _LIBRARY = torch.library.Library("sparse_pass", "FRAGMENT")
 for _schema in (
     "mvue24(Tensor grad, Tensor seed) -> Tensor",
     "sparsify_mvue(Tensor grad, Tensor seed) -> Tensor",
-    "grad_weight(Tensor packed, Tensor input, SymInt out_features) -> Tensor",
+    "grad_weight(Tensor packed, Tensor input, SymInt out_features, *, bool tuned=False) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -86,7 +86,7 @@ def _sparsify_mvue_fake(grad: Tensor, seed: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("sparse_pass::grad_weight", lib=_LIBRARY)
-def _grad_weight_fake(packed: Tensor, input: Tensor, out_features: int) -> Tensor:
+def _grad_weight_fake(packed: Tensor, input: Tensor, out_features: int, *, tuned: bool = False) -> Tensor:
     _check_grad_weight(packed, input, out_features)
     refuse_to_trace(input)
     return input.new_empty(out_features, input.shape[1])
@@ -111,19 +111,33 @@ def _sparsify_mvue_cpu(grad: Tensor, seed: Tensor) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "grad_weight", "CPU")
 @forward_only
-def _grad_weight_cpu(packed: Tensor, input: Tensor, out_features: int) -> Tensor:
+def _grad_weight_cpu(packed: Tensor, input: Tensor, out_features: int, *, tuned: bool = False) -> Tensor:
     _check_grad_weight(packed, input, out_features)
     return reference_mvue.grad_weight(packed, input, out_features)
 
 
-# CUDA: the dense estimate, by the same torch ops
+# CUDA
 
 
 @torch.library.impl(_LIBRARY, "mvue24", "CUDA")
 @forward_only
 def _mvue24_cuda(grad: Tensor, seed: Tensor) -> Tensor:
     _check_mvue(grad, seed)
-    return reference_mvue.mvue24(grad, seed)
+    return cuda_ops.mvue24(grad, seed)
+
+
+@torch.library.impl(_LIBRARY, "sparsify_mvue", "CUDA")
+@forward_only
+def _sparsify_mvue_cuda(grad: Tensor, seed: Tensor) -> Tensor:
+    _check_sparsify_mvue(grad, seed)
+    return cuda_ops.sparsify_mvue(grad, seed)
+
+
+@torch.library.impl(_LIBRARY, "grad_weight", "CUDA")
+@forward_only
+def _grad_weight_cuda(packed: Tensor, input: Tensor, out_features: int, *, tuned: bool = False) -> Tensor:
+    _check_grad_weight(packed, input, out_features)
+    return cuda_ops.grad_weight(packed, input, out_features, tuned)
 
 
 for _op in ("mvue24", "sparsify_mvue", "grad_weight"):

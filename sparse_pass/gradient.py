@@ -31,8 +31,11 @@ _SEEDS = 2**62
 """How many seeds there are: what torch.randint and Inductor's own random numbers can draw from."""
 
 
-def rewrite_grad_weight(edit: Editor, grad_weight: GradWeight, *, sparse: bool) -> None:
-    """Rewrite the GEMM of one call, to the sparse kernel or to a dense matmul of the same numbers."""
+def rewrite_grad_weight(edit: Editor, grad_weight: GradWeight, *, sparse: bool, tuned: bool) -> None:
+    """Rewrite the GEMM of one call, to the sparse kernel or to a dense matmul of the same numbers.
+
+    tuned: whether the sparse kernel may be the one that measures fastest.
+    """
     gemm, place = grad_weight.gemm, grad_weight.place
     operand = gemm.args[place]
     assert isinstance(operand, Node)
@@ -45,21 +48,22 @@ def rewrite_grad_weight(edit: Editor, grad_weight: GradWeight, *, sparse: bool) 
     }
     seed = edit.call_before(gemm, aten.randint.low, (0, _SEEDS, [1]), kwargs)
     if sparse:
-        _multiply_sparse(edit, grad_weight, grad_output, seed)
+        _multiply_sparse(edit, grad_weight, grad_output, seed, tuned)
     else:
         kept = edit.call_before(gemm, sparse_ops.mvue24.default, (grad_output, seed))
         gemm.update_arg(place, edit.flipped(kept, gemm) if place == 0 else kept)
     edit.erase_unused(operand)
 
 
-def _multiply_sparse(edit: Editor, grad_weight: GradWeight, grad_output: Node, seed: Node) -> None:
+def _multiply_sparse(edit: Editor, grad_weight: GradWeight, grad_output: Node, seed: Node, tuned: bool) -> None:
     gemm, place = grad_weight.gemm, grad_weight.place
     other = gemm.args[1 - place]
     assert isinstance(other, Node)
     packed = edit.call_before(gemm, sparse_ops.sparsify_mvue.default, (grad_output, seed))
     out_features = grad_output.meta["val"].shape[1]
     input = edit.flipped(other, gemm) if place == 1 else other
-    result = edit.call_before(gemm, sparse_ops.grad_weight.default, (packed, input, out_features))
+    kwargs = {"tuned": True} if tuned and gemm.meta["val"].is_cuda else {}
+    result = edit.call_before(gemm, sparse_ops.grad_weight.default, (packed, input, out_features), kwargs)
     if place == 1:
         # In the memory order of the GEMM that it replaces: what reads it was captured with that.
         turned = edit.call_before(gemm, aten.permute.default, (result, [1, 0]))

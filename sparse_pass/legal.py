@@ -130,8 +130,6 @@ def why_not_sparse_gradient(linear: Linear, scheme: WeightSparsity, limits: Limi
     no_device = _why_no_device(scheme, limits)
     if no_device is not None:
         return no_device
-    if limits.device == "cuda":
-        return "2:4 gradients have no kernels on cuda yet"
     assert linear.grad_weight is not None
     dtype = linear.grad_weight.gemm.meta["val"].dtype
     if dtype not in KERNEL_DTYPES:

@@ -9,6 +9,7 @@ the op itself is called, as without this file.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,14 +18,22 @@ from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.virtualized import V
 
 from . import cuda_ops
-from . import ops as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
+from . import grad_ops as _grad_ops  # noqa: F401  (registers torch.ops.sparse_pass)
+from . import ops as _ops  # noqa: F401
 
-_SPARSIFY = torch.ops.sparse_pass.sparsify.default
-_LINEAR = torch.ops.sparse_pass.linear.default
-# Where compiled code finds `sparsify` and `linear_into`. The reference is there to test this file without a GPU.
-_MODULES = {"cuda": "sparse_pass.kernels.compiled", "cpu": "sparse_pass.reference"}
-_ROWS = 8
-"""The kernels take a multiple of as many rows."""
+_sparse_ops = torch.ops.sparse_pass
+# Where compiled code finds the kernels. The references are there to test this file without a GPU.
+_KERNELS = "sparse_pass.kernels.compiled"
+_REFERENCES = {
+    "sparsify": "sparse_pass.reference",
+    "linear_into": "sparse_pass.reference",
+    "sparsify_mvue": "sparse_pass.reference_mvue",
+    "grad_weight_into": "sparse_pass.reference_mvue",
+}
+_LINEAR_ROWS = 8
+"""`linear` takes a multiple of as many rows."""
+_GRAD_ROWS = 64
+"""The kernels that contract over rows take a multiple of as many."""
 
 
 def _import_into(wrapper: Any, kernel: ir.ExternKernel) -> None:
@@ -32,66 +41,114 @@ def _import_into(wrapper: Any, kernel: ir.ExternKernel) -> None:
     wrapper.add_import_once(f"import {kernel.get_kernel_name().rpartition('.')[0]}")
 
 
-class _Linear(ir.ExternKernelOut):
+class _Into(ir.ExternKernelOut):
+    """A kernel that writes into a given buffer."""
+
     def codegen(self, wrapper: Any) -> None:
         _import_into(wrapper, self)
         super().codegen(wrapper)
 
 
-class _Sparsify(ir.ExternKernelAlloc):
+class _Making(ir.ExternKernelAlloc):
+    """A kernel that makes its results itself."""
+
     def codegen(self, wrapper: Any) -> None:
         _import_into(wrapper, self)
         super().codegen(wrapper)
 
 
-def _direct(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels of the device can be called directly."""
-    if V.graph.cpp_wrapper or device.type not in _MODULES:
-        return False
-    return device.type == "cpu" or cuda_ops.is_sm90_layout(device, dtype)
+def _kernel(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Where compiled code finds a kernel, or None if it has to call the op."""
+    if V.graph.cpp_wrapper:
+        return None
+    if device.type == "cpu":
+        return f"{_REFERENCES[name]}.{name}"
+    return f"{_KERNELS}.{name}" if device.type == "cuda" and cuda_ops.is_sm90_layout(device, dtype) else None
+
+
+def _is_multiple(size: Any, of: int) -> bool:
+    sizes = V.graph.sizevars
+    return bool(sizes.statically_known_multiple_of(size, of) and sizes.statically_known_gt(size, 0))
+
+
+def _call_op(op: Any, *args: Any, **kwargs: Any) -> Any:
+    return fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)
+
+
+def _contiguous(x: Any) -> Any:
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+
+
+def _into(kernel: str, like: Any, size: Sequence[Any], operands: Sequence[Any], **kwargs: Any) -> Any:
+    """A matrix of the device and dtype of ``like``."""
+    layout = ir.FixedLayout(like.get_device(), like.get_dtype(), list(size), [size[1], 1])
+    inputs = [_contiguous(x) for x in operands if x is not None]
+    return ir.TensorBox.create(_Into(layout=layout, inputs=inputs, kwargs=kwargs, python_kernel_name=kernel))
+
+
+def _making(
+    kernel: str, device: torch.device, dtype: torch.dtype, numels: Sequence[Any], inputs: Any, constants: Any = ()
+) -> Any:
+    """Packed matrices of so many elements each; as a tuple if the kernel gives one."""
+    all_ = _Making(
+        layout=ir.MultiOutputLayout(device=device),
+        inputs=inputs,
+        constant_args=list(constants),
+        python_kernel_name=kernel,
+    )
+    places = [[(tuple, place)] for place in range(len(numels))] if len(numels) > 1 else [[]]
+    results = [
+        ir.MultiOutput(ir.FixedLayout(device, dtype, [numel], [1]), all_, place)
+        for numel, place in zip(numels, places, strict=True)
+    ]
+    all_.outputs = results
+    boxes = tuple(ir.TensorBox.create(one) for one in results)
+    return boxes if len(boxes) > 1 else boxes[0]
 
 
 def _lower_linear(input: Any, packed: Any, bias: Any, out_features: Any, *, tuned: bool = False) -> Any:
-    device, dtype = input.get_device(), input.get_dtype()
-    rows, features = input.get_size()[0], out_features
-    sizes = V.graph.sizevars
-    fits = sizes.statically_known_multiple_of(rows, _ROWS) and sizes.statically_known_gt(rows, 0)
-    if not fits or not _direct(device, dtype):
-        return fallback_handler(_LINEAR, add_to_fallback_set=False)(input, packed, bias, out_features, tuned=tuned)
-    operands = [
-        ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
-        for x in (input, packed, bias)
-        if x is not None
-    ]
-    return ir.TensorBox.create(
-        _Linear(
-            layout=ir.FixedLayout(device, dtype, [rows, features], [features, 1]),
-            inputs=operands,
-            kwargs={"tuned": tuned},
-            python_kernel_name=f"{_MODULES[device.type]}.linear_into",
-        )
-    )
+    rows = input.get_size()[0]
+    kernel = _kernel("linear_into", input.get_device(), input.get_dtype())
+    if kernel is None or not _is_multiple(rows, _LINEAR_ROWS):
+        return _call_op(_sparse_ops.linear.default, input, packed, bias, out_features, tuned=tuned)
+    return _into(kernel, input, [rows, out_features], (input, packed, bias), tuned=tuned)
 
 
 def _lower_sparsify(weight: Any, mask: str, *, dtype: torch.dtype | None = None) -> Any:
     device, packed_dtype = weight.get_device(), dtype or weight.get_dtype()
-    if weight.get_dtype() == torch.float64 or not _direct(device, packed_dtype):
-        return fallback_handler(_SPARSIFY, add_to_fallback_set=False)(weight, mask, dtype=dtype)
+    kernel = _kernel("sparsify", device, packed_dtype)
+    if kernel is None or weight.get_dtype() == torch.float64:
+        return _call_op(_sparse_ops.sparsify.default, weight, mask, dtype=dtype)
     n, k = weight.get_size()
-    both = _Sparsify(
-        layout=ir.MultiOutputLayout(device=device),
-        inputs=[ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(weight))],
-        constant_args=[mask, packed_dtype],
-        python_kernel_name=f"{_MODULES[device.type]}.sparsify",
-    )
-    layout = ir.FixedLayout(device, packed_dtype, [n * k * 9 // 16], [1])
-    results = [ir.MultiOutput(layout, both, [(tuple, place)]) for place in range(2)]
-    both.outputs = results
-    return tuple(ir.TensorBox.create(one) for one in results)
+    inputs = [ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(weight))]
+    return _making(kernel, device, packed_dtype, [n * k * 9 // 16] * 2, inputs, (mask, packed_dtype))
+
+
+def _lower_sparsify_mvue(grad: Any, seed: Any) -> Any:
+    device, dtype = grad.get_device(), grad.get_dtype()
+    kernel = _kernel("sparsify_mvue", device, dtype)
+    rows, cols = grad.get_size()
+    if kernel is None or not _is_multiple(rows, _GRAD_ROWS):
+        return _call_op(_sparse_ops.sparsify_mvue.default, grad, seed)
+    inputs = [ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(grad)), ir.ExternKernel.realize_input(seed)]
+    return _making(kernel, device, dtype, [rows * cols * 9 // 16], inputs)
+
+
+def _lower_grad_weight(packed: Any, input: Any, out_features: Any, *, tuned: bool = False) -> Any:
+    rows, cols = input.get_size()
+    kernel = _kernel("grad_weight_into", input.get_device(), input.get_dtype())
+    if kernel is None or not _is_multiple(rows, _GRAD_ROWS) or not _is_multiple(cols, _LINEAR_ROWS):
+        return _call_op(_sparse_ops.grad_weight.default, packed, input, out_features, tuned=tuned)
+    return _into(kernel, input, [out_features, cols], (packed, input), tuned=tuned)
 
 
 @functools.cache
 def register() -> None:
     """Tell Inductor, once in a process."""
-    register_lowering(_LINEAR, type_promotion_kind=None)(_lower_linear)
-    register_lowering(_SPARSIFY, type_promotion_kind=None)(_lower_sparsify)
+    for op, lower in (
+        (_sparse_ops.linear, _lower_linear),
+        (_sparse_ops.sparsify, _lower_sparsify),
+        (_sparse_ops.sparsify_mvue, _lower_sparsify_mvue),
+        (_sparse_ops.grad_weight, _lower_grad_weight),
+    ):
+        register_lowering(op.default, type_promotion_kind=None)(lower)

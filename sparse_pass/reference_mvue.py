@@ -156,3 +156,8 @@ def grad_weight(packed: Tensor, input: Tensor, out_features: int) -> Tensor:
     """Multiply: packed [N, Mp] of `sparsify_mvue`, input [M, K] -> [N, K]."""
     rows = input.shape[0]
     return reference.unpack(packed, out_features, padded(rows))[:, :rows] @ input
+
+
+def grad_weight_into(packed: Tensor, input: Tensor, *, tuned: bool, out: Tensor) -> None:
+    """`grad_weight` as compiled code calls it (`lowering`)."""
+    out.copy_(grad_weight(packed, input, out.shape[0]))

@@ -22,7 +22,7 @@ from .legal import (
     why_not_sparse_input,
     why_skipped,
 )
-from .profit import why_slower
+from .profit import why_slower, why_slower_gradient
 from .report import Site, Status
 from .rewriter import Rewriter
 
@@ -147,7 +147,10 @@ class Rewriting:
             return [reason]
         assert linear.grad_weight is not None
         reason = why_not_sparse_gradient(linear, scheme, limits)
-        rewrite_grad_weight(self._edit, linear.grad_weight, sparse=reason is None)
+        tuned = self._tune == "auto"
+        if reason is None and tuned and scheme.backend == "auto":
+            reason = why_slower_gradient(linear.grad_weight)
+        rewrite_grad_weight(self._edit, linear.grad_weight, sparse=reason is None, tuned=tuned)
         kernels["grad_weight"] = _kernel(limits) if reason is None else "masked_dense"
         return [f"grad_weight: {reason}"] if reason else []
 

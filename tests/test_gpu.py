@@ -230,7 +230,7 @@ def tuning_folder(tmp_path, monkeypatch):
 
 
 def test_tuning_measures_once_and_changes_nothing_but_speed(tuning_folder, monkeypatch):
-    from sparse_pass.kernels import timings, tuner
+    from sparse_pass.kernels import measure, timings, tuner
 
     model = nn.Sequential(Block(1024, 4096)).to("cuda", torch.bfloat16)
     x = torch.randn(8192, 1024, device="cuda", dtype=torch.bfloat16)
@@ -245,7 +245,7 @@ def test_tuning_measures_once_and_changes_nothing_but_speed(tuning_folder, monke
     # A second process: nothing in memory, all on disk.
     timings._KNOWN.clear()
     tuner._CHOSEN.clear()
-    monkeypatch.setattr(tuner, "_measured", lambda file, name, *_: pytest.fail(f"measured {name} again"))
+    monkeypatch.setattr(measure, "_measured", lambda file, name, *_: pytest.fail(f"measured {name} again"))
     torch._dynamo.reset()
     again = sp.sparse_backend(CONFIG, model=model, tune="auto")
     _check_against_masked(model, torch.compile(model, backend=again), x, torch.bfloat16)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_pass import ops, reference
 from sparse_pass.kernels import cusparselt, probe, torch_cslt
+from sparse_pass.kernels.problem import Problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -240,7 +241,7 @@ def test_every_algorithm_is_right():
         pytest.skip("another layout")
     masked, packed, _, bias = linear_case(512, 256, torch.bfloat16)
     x = normal(1024, 256, dtype=torch.bfloat16)
-    problem = cusparselt.Problem(torch.cuda.current_device(), torch.bfloat16, 1024, 512, 256, True)
+    problem = Problem(torch.cuda.current_device(), torch.bfloat16, 1024, 512, 256, True)
     count = cusparselt.Plan(problem, 0, bias).algorithms
     assert count > 1
     expected = F.linear(x.double(), masked.double(), bias.double())
@@ -256,7 +257,7 @@ def test_every_algorithm_is_right():
 
 
 def test_a_wrong_algorithm_and_a_wrong_shape_are_refused_with_the_shapes():
-    problem = cusparselt.Problem(torch.cuda.current_device(), torch.bfloat16, 64, 64, 64, False)
+    problem = Problem(torch.cuda.current_device(), torch.bfloat16, 64, 64, 64, False)
     with pytest.raises(RuntimeError, match=r"\[64, 64\] x 2:4 .*algorithm 1000"):
         cusparselt.Plan(problem, 1000, None)
     with pytest.raises(RuntimeError, match=r"2:4 \[65, 64\]"):

@@ -287,7 +287,7 @@ def test_packed_is_the_dense_one_transposed(rows: int, dtype: torch.dtype) -> No
 
 
 def test_packed_metadata_of_zeros_that_are_kept() -> None:
-    """Indices are those of what was drawn, also where its value is rounded to zero; a single one has its neighbour beside it."""
+    """Indices are those of what was drawn, also where its value is rounded to zero; one alone has its neighbour."""
     grad = torch.zeros(64, 64, dtype=torch.float16)
     grad[3::4] = 1
     packed = sparse.sparsify_mvue(grad, seed(0))

@@ -1,10 +1,10 @@
-"""Y = X S(W)^T + b by cuSPARSELt, with cached plans.
+"""Products with a structured operand by cuSPARSELt, with cached plans.
 
 torch's own `_cslt_sparse_mm` builds its plan anew in each call, 365 to 515 us of host time on an H200. Here plans are
 cached by everything that they depend on, and a call sets the bias pointer and launches.
 
-S(W) is A, structured [N, K], row-major; X is B, described as [M, K] row-major with op TRANSPOSE; Y is D, described as
-[N, M] column-major, which is [M, N] row-major. Enumerations are those of cusparseLt.h, 0.7 to 0.8.1.
+Letters and forms are those of `problem`. A row-major matrix that is stored transposed is described to the library by
+the op TRANSPOSE if it is B, and as column-major if it is D. Enumerations are those of cusparseLt.h, 0.7 to 0.8.1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import ctypes
 import functools
 import threading
 import weakref
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
 from .cusparselt_library import ALIGNMENT, call, check, function, new_struct, version
+from .problem import B_TRANSPOSED, D_TRANSPOSED, Form, Problem, algorithms
 
 _ORDER_COL, _ORDER_ROW = 1, 2
 _OP_NON_TRANSPOSE, _OP_TRANSPOSE = 0, 1
@@ -32,27 +33,8 @@ _ALG_DEFAULT = 0
 _CONFIG_ID, _CONFIG_MAX_ID = 0, 1
 _CUDA_TYPE = {torch.float16: 2, torch.bfloat16: 14}
 
-# The library's own default, id 0, is slow with a column-major D. By the first two numbers of the version and by dtype,
-# since ids mean other kernels in another dtype: one that was fast for all shapes on an H200 with 0.8.0.
-_DEFAULT_ALGORITHM = {((0, 8), torch.bfloat16): 17, ((0, 8), torch.float16): 4}
-
 _ONE, _ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)
 _ALPHA, _BETA = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
-
-
-class Problem(NamedTuple):
-    """What a plan depends on. M is a multiple of 8; N and K are multiples of 16."""
-
-    device: int
-    dtype: torch.dtype
-    m: int
-    n: int
-    k: int
-    bias: bool
-
-    def __str__(self) -> str:
-        bias = " + bias" if self.bias else ""
-        return f"[{self.m}, {self.k}] x 2:4 [{self.n}, {self.k}]^T{bias} {self.dtype} on cuda:{self.device}"
 
 
 @functools.cache
@@ -73,6 +55,7 @@ class Plan:
         bias: any tensor that could be the bias, or None; each call brings its own.
         """
         self.problem = problem
+        self.output_shape = problem.output_shape
         self.algorithm = algorithm
         self._lock = threading.Lock()
         self._matmul, self._set_attribute = function("Matmul"), function("MatmulDescSetAttribute")
@@ -92,7 +75,7 @@ class Plan:
             self._build(structs, to_destroy)
 
     def _build(self, structs: tuple[int, ...], to_destroy: list[tuple[str, int]]) -> None:
-        _, dtype, m, n, k, bias = self.problem
+        _, dtype, m, n, k, bias, form = self.problem
         a, b, d, descriptor, selection, plan = structs
         handle, cuda_type = self._handle, _CUDA_TYPE[dtype]
         about = str(self)
@@ -100,11 +83,13 @@ class Plan:
         row_major = (ALIGNMENT, cuda_type, _ORDER_ROW)
         call("StructuredDescriptorInit", about, handle, a, n, k, k, *row_major, _SPARSITY_50_PERCENT)
         to_destroy.append(("MatDescriptorDestroy", a))
-        call("DenseDescriptorInit", about, handle, b, m, k, k, *row_major)
+        rows, cols = self.problem.dense_shape
+        call("DenseDescriptorInit", about, handle, b, rows, cols, cols, *row_major)
         to_destroy.append(("MatDescriptorDestroy", b))
-        call("DenseDescriptorInit", about, handle, d, n, m, n, ALIGNMENT, cuda_type, _ORDER_COL)
+        order = _ORDER_COL if D_TRANSPOSED[form] else _ORDER_ROW
+        call("DenseDescriptorInit", about, handle, d, n, m, self.output_shape[1], ALIGNMENT, cuda_type, order)
         to_destroy.append(("MatDescriptorDestroy", d))
-        operations = (_OP_NON_TRANSPOSE, _OP_TRANSPOSE)
+        operations = (_OP_NON_TRANSPOSE, _OP_TRANSPOSE if B_TRANSPOSED[form] else _OP_NON_TRANSPOSE)
         call("MatmulDescriptorInit", about, handle, descriptor, *operations, a, b, d, d, _COMPUTE_32F)
         if bias:  # before the algorithm is chosen, which depends on whether there is one
             call("MatmulDescSetAttribute", about, handle, descriptor, _BIAS_POINTER, self._bias_address, 8)
@@ -122,15 +107,15 @@ class Plan:
         call("MatmulGetWorkspace", about, handle, plan, ctypes.addressof(size))
         self.workspace_bytes = size.value
 
-    def __call__(self, input: Tensor, packed: Tensor, bias: Tensor | None, output: Tensor | None = None) -> Tensor:
-        """Launch on the current stream; operands as in `linear`. Returns [M, N], in ``output`` if there is one."""
+    def __call__(self, dense: Tensor, packed: Tensor, bias: Tensor | None, output: Tensor | None = None) -> Tensor:
+        """Launch on the current stream; B, A and bias as in `product`. Returns D, in ``output`` if there is one."""
         problem = self.problem
         if output is None:
-            output = _empty_strided_cuda((problem.m, problem.n), (problem.n, 1), problem.dtype)
-        input_address, packed_address, output_address = input.data_ptr(), packed.data_ptr(), output.data_ptr()
+            output = _empty_strided_cuda(self.output_shape, (self.output_shape[1], 1), problem.dtype)
+        dense_address, packed_address, output_address = dense.data_ptr(), packed.data_ptr(), output.data_ptr()
         bias_address = None if bias is None else bias.data_ptr()
-        if (input_address | packed_address | output_address | (bias_address or 0)) % ALIGNMENT:
-            return self._aligned(input, packed, bias, output)
+        if (dense_address | packed_address | output_address | (bias_address or 0)) % ALIGNMENT:
+            return self._aligned(dense, packed, bias, output)
         workspace_address = None
         if self.workspace_bytes:
             # Of torch's allocator, on the current stream: freed on return, and reused only by what comes after.
@@ -148,7 +133,7 @@ class Plan:
                 self._plan,
                 _ALPHA,
                 packed_address,
-                input_address,
+                dense_address,
                 _BETA,
                 output_address,
                 output_address,
@@ -160,10 +145,10 @@ class Plan:
             check(status, "Matmul", self)
         return output
 
-    def _aligned(self, input: Tensor, packed: Tensor, bias: Tensor | None, output: Tensor) -> Tensor:
+    def _aligned(self, dense: Tensor, packed: Tensor, bias: Tensor | None, output: Tensor) -> Tensor:
         """The same with copies of what starts between two 16-byte steps, as a slice may."""
-        input, packed = realigned(input), realigned(packed)
-        result = self(input, packed, None if bias is None else realigned(bias))
+        dense, packed = realigned(dense), realigned(packed)
+        result = self(dense, packed, None if bias is None else realigned(bias))
         return output.copy_(result)
 
     def __str__(self) -> str:
@@ -190,9 +175,8 @@ _Key = TypeVar("_Key")
 def _new_plan(problem: Problem, algorithm: int | None, bias: Tensor | None) -> Plan:
     if algorithm is not None:
         return Plan(problem, algorithm, bias)
-    default = _DEFAULT_ALGORITHM.get((version()[:2], problem.dtype), 0)
     try:
-        return Plan(problem, default, bias)
+        return Plan(problem, algorithms(version(), problem.dtype, problem.form)[0], bias)
     except RuntimeError:
         return Plan(problem, 0, bias)  # ids are not promised for every shape; this one is
 
@@ -205,13 +189,18 @@ def linear(
     float16 or bfloat16, on the current device, contiguous; M a positive multiple of 8. Runs on the current stream,
     by the library version's default algorithm. RuntimeError if the library refuses.
     """
-    return plan_for(problem_of(input, bias, out_features), None, bias)(input, packed, bias, output)
+    return plan_for(problem_of("linear", input, out_features, bias), None, bias)(input, packed, bias, output)
 
 
-def problem_of(input: Tensor, bias: Tensor | None, out_features: int) -> Problem:
-    """The problem that a call of `linear` solves."""
-    m, k = input.shape
-    return Problem(input.get_device(), input.dtype, m, out_features, k, bias is not None)
+def product(form: Form, dense: Tensor, packed: Tensor, rows: int, output: Tensor | None = None) -> Tensor:
+    """Multiply as the form says: packed A [rows, K] as `reference.pack`, and B; the rest as in `linear`."""
+    return plan_for(problem_of(form, dense, rows), None, None)(dense, packed, None, output)
+
+
+def problem_of(form: Form, dense: Tensor, rows: int, bias: Tensor | None = None) -> Problem:
+    """The problem that a call of `product` solves."""
+    m, k = dense.shape if B_TRANSPOSED[form] else reversed(dense.shape)
+    return Problem(dense.get_device(), dense.dtype, m, rows, k, bias is not None, form)
 
 
 def plan_for(problem: Problem, algorithm: int | None, bias: Tensor | None) -> Plan:

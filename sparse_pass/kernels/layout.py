@@ -32,7 +32,7 @@ _SECOND = tl.constexpr(_byte_table({(i0, i1): 0x22 * i1 + 0x10 for i0, i1 in _KE
 
 
 @triton.jit
-def _permute_bytes(low, high, selector):
+def permute_bytes(low, high, selector):
     """PTX prmt: byte n of the result is byte (selector >> 4 n) & 7 of the eight bytes high:low."""
     if _INTERPRETED:
         both = low.to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -50,7 +50,7 @@ def _permute_bytes(low, high, selector):
 
 @triton.jit
 def _shuffled(low, high, SELECTOR: tl.constexpr):
-    return _permute_bytes(low, high, tl.full(low.shape, SELECTOR, tl.int32))
+    return permute_bytes(low, high, tl.full(low.shape, SELECTOR, tl.int32))
 
 
 @triton.jit
@@ -58,11 +58,11 @@ def _look_up(table: tl.constexpr, mask):
     """Four mask nibbles, the low half of `mask`, give four bytes of the table."""
     low = tl.full(mask.shape, table[0], tl.int32)
     high = tl.full(mask.shape, table[1], tl.int32)
-    return _permute_bytes(low, high, mask & 0x7777)
+    return permute_bytes(low, high, mask & 0x7777)
 
 
 @triton.jit
-def _pair_up(a, b, DTYPE: tl.constexpr):
+def pair_up(a, b, DTYPE: tl.constexpr):
     """Two values as one 32-bit word of 16-bit values, a in the low half."""
     low = a.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
     high = b.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
@@ -72,9 +72,9 @@ def _pair_up(a, b, DTYPE: tl.constexpr):
 @triton.jit
 def _kept_values(x, FIRST: tl.constexpr, STEP: tl.constexpr, selector, DTYPE: tl.constexpr):
     """The two kept values of the group x[FIRST], x[FIRST + STEP], ... as a word."""
-    low = _pair_up(x[FIRST], x[FIRST + STEP], DTYPE)
-    high = _pair_up(x[FIRST + 2 * STEP], x[FIRST + 3 * STEP], DTYPE)
-    return _permute_bytes(low, high, selector)
+    low = pair_up(x[FIRST], x[FIRST + STEP], DTYPE)
+    high = pair_up(x[FIRST + 2 * STEP], x[FIRST + 3 * STEP], DTYPE)
+    return permute_bytes(low, high, selector)
 
 
 @triton.jit

@@ -20,39 +20,10 @@ from torch import Tensor
 # As Inductor's code calls it: half the host time of torch.empty.
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
-from . import layout, masks
+from . import layout, masks, tiles
 
 # Two tiles a thread: 96 registers, no spills, five programs on an SM.
 _WARPS = 4
-_TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@triton.jit
-def _load_row(pointers, inside):
-    """Row i of every tile, [16, 64] -> its four columns, [16, 16] each."""
-    row = tl.load(pointers, mask=inside)
-    even, odd = tl.split(tl.reshape(row, [16, 16, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _load_tiles(w_ptr, n, k, N, K, stride_wn, stride_wk, BOUNDED: tl.constexpr):
-    """The 64x64 block of W at row n and column k, as sixteen tensors; outside of W anything."""
-    w_ptr += n.to(tl.int64) * stride_wn + k.to(tl.int64) * stride_wk
-    rows = 4 * tl.arange(0, 16)[:, None]
-    cols = tl.arange(0, 64)[None, :]
-    inside = None
-    if BOUNDED:
-        inside = (n + rows < N) & (k + cols < K)
-    pointers = w_ptr + rows * stride_wn + cols * stride_wk
-    return (
-        _load_row(pointers, inside)
-        + _load_row(pointers + stride_wn, inside)
-        + _load_row(pointers + 2 * stride_wn, inside)
-        + _load_row(pointers + 3 * stride_wn, inside)
-    )
 
 
 @triton.jit
@@ -89,7 +60,7 @@ def _sparsify_kernel(
     """packed_ptr, packed_t_ptr: int32, two values a word, metadata after N * K / 4 words."""
     n = tl.program_id(1) * 64
     k = tl.program_id(0) * 64
-    x = _load_tiles(w_ptr, n, k, N, K, stride_wn, stride_wk, False)
+    x = tiles.load(w_ptr, n, k, N, K, stride_wn, stride_wk, False)
     mask = _choose(x, GREEDY)
     if GREEDY:
         x = _zero_unkept(x, mask)
@@ -119,7 +90,7 @@ def _mask24_kernel(w_ptr, out_ptr, N, K, stride_wn, stride_wk, GREEDY: tl.conste
     """out_ptr: bool [N, K] as int32, four flags a word."""
     n = tl.program_id(1) * 64
     k = tl.program_id(0) * 64
-    x = _load_tiles(w_ptr, n, k, N, K, stride_wn, stride_wk, True)
+    x = tiles.load(w_ptr, n, k, N, K, stride_wn, stride_wk, True)
     mask = _choose(x, GREEDY)
     rows = 4 * tl.arange(0, 16)[:, None]
     cols = tl.arange(0, 16)[None, :]
@@ -149,7 +120,7 @@ def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Ten
         cols,
         weight.stride(0),
         weight.stride(1),
-        DTYPE=_TRITON_DTYPE[dtype],
+        DTYPE=tiles.TRITON_DTYPE[dtype],
         GREEDY=mask == "greedy",
         num_warps=_WARPS,
     )

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from .cusparselt_library import version
+from .problem import Problem
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,16 @@ class Timing(NamedTuple):
     dense_us: float
 
 
-def key(dtype: torch.dtype, m: int, n: int, k: int, bias: bool) -> str:
+def name(dtype: torch.dtype) -> str:
+    """Name of a dtype in the file."""
+    return str(dtype).removeprefix("torch.")
+
+
+def key(problem: Problem) -> str:
     """Name of a problem in the file."""
-    return f"{str(dtype).removeprefix('torch.')} M={m} N={n} K={k}{' bias' if bias else ''}"
+    form = "" if problem.form == "linear" else f"{problem.form} "
+    bias = " bias" if problem.bias else ""
+    return f"{form}{name(problem.dtype)} M={problem.m} N={problem.n} K={problem.k}{bias}"
 
 
 def directory() -> Path:

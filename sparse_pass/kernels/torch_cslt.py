@@ -19,3 +19,8 @@ def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
     input, matrix = realigned(input), realigned(packed).view(out_features, -1)
     bias = None if bias is None else realigned(bias)
     return torch._cslt_sparse_mm(matrix, input.T, bias=bias, transpose_result=True)
+
+
+def product(packed: Tensor, dense: Tensor, rows: int) -> Tensor:
+    """Multiply a packed matrix [rows, K] from `compress` and a dense one [K, M] -> [rows, M]."""
+    return torch._cslt_sparse_mm(realigned(packed).view(rows, -1), realigned(dense))

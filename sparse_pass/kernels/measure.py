@@ -1,0 +1,176 @@
+"""Time the library's algorithms and the dense matmul on a real shape, and what the operands cost to make.
+
+The ids of cuSPARSELt's algorithms mean other kernels in another version, and the best one differs by shape,
+so nothing is assumed: each is timed, and the winner must agree with algorithm 0 and with itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import mvue, sparsify, timings
+from .cusparselt import Plan
+from .cusparselt_library import version
+from .problem import Problem, algorithms
+from .timings import Timing
+
+log = logging.getLogger(__name__)
+
+# Relative difference in the Frobenius norm. Another order of additions gives 1e-3 in bfloat16.
+_TOLERANCE = 5e-3
+_SAMPLES = 5
+_CALLS = 4
+_MEASURING = threading.Lock()
+
+
+def timing_of(problem: Problem, *, measure: bool) -> Timing | None:
+    """What is known of a problem, measured now if it is not and ``measure`` is set; None if it is not known.
+
+    RuntimeError inside a CUDA graph capture, where nothing can be measured.
+    """
+    file = timings.path(problem.device)
+    name = timings.key(problem)
+    found = timings.known(file).get(name)
+    candidates = algorithms(version(), problem.dtype, problem.form)
+    if found is not None and found.algorithm not in candidates:
+        found = None  # of an older version of this file, or edited: an id that is not tried here may do anything
+    if found is not None or not measure:
+        return found
+    return _measured(file, name, problem.device, str(problem), lambda: _race(problem, candidates), candidates)
+
+
+Operand = Literal["S(W)", "MVUE(dY)", "S(X)"]
+
+
+def preparation_of(
+    operand: Operand, device: int, shape: tuple[int, int], stored: torch.dtype, dtype: torch.dtype, mask: str = ""
+) -> Timing:
+    """What a structured operand costs, packed and as a dense one with zeros; measured now if it is not known.
+
+    shape: of what it is made from, W [N, K], dY [M, N] or X [M, K]. stored: its dtype. dtype: of the GEMMs.
+    """
+    file = timings.path(device)
+    mask_and = f"{mask} " if mask else ""
+    name = f"{operand} {mask_and}{timings.name(stored)} to {timings.name(dtype)} {shape[0]}x{shape[1]}"
+    found = timings.known(file).get(name)
+    if found is not None:
+        return found
+
+    def race() -> Timing:
+        random = torch.Generator("cuda").manual_seed(0)
+        dense = torch.randn(*shape, device="cuda", dtype=stored, generator=random)
+        zero, seed = dense.new_zeros(()), torch.zeros(1, device="cuda", dtype=torch.int64)
+        if operand == "MVUE(dY)":
+            return Timing(0, _time(lambda: mvue.sparsify_mvue(dense, seed)), _time(lambda: mvue.mvue24(dense, seed)))
+        packed_us = _time(lambda: sparsify.sparsify(dense, mask, dtype))
+        masked_us = _time(lambda: torch.where(sparsify.mask24(dense, mask), dense, zero).to(dtype))
+        return Timing(0, packed_us, masked_us)
+
+    return _measured(file, name, device, f"{operand} of {list(shape)}", race, (0,))
+
+
+def _measured(
+    file: Path, name: str, device: int, about: str, race: Callable[[], Timing], candidates: tuple[int, ...]
+) -> Timing:
+    with _MEASURING, timings.one_process_at_a_time(file):
+        found = timings.known(file).get(name)
+        if found is None or found.algorithm not in candidates:
+            # A warning, as it takes a moment that the user did not ask for; once per GPU, library version and shape.
+            log.warning("sparse_pass measures the 2:4 kernels for %s (tune='off' does not)", about)
+            # Perhaps while a graph is compiled, under fake tensors and autocast: it must leave no trace there.
+            with (
+                _disable_current_modes(),
+                torch.no_grad(),
+                torch.autocast("cuda", enabled=False),
+                torch.cuda.device(device),
+            ):
+                found = race()
+            timings.remember(file, name, found)
+    log.info("%s: %.0f us sparse, %.0f us dense, algorithm %d", about, found.sparse_us, found.dense_us, found.algorithm)
+    return found
+
+
+def _dense_matmul(problem: Problem, kept: Tensor, dense: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
+    """What a dense layer calls for the same GEMM. kept: A with its zeros."""
+    if problem.form == "linear":
+        return lambda: torch.nn.functional.linear(dense, kept, bias)
+    if problem.form == "input":
+        return lambda: torch.nn.functional.linear(kept, dense)
+    turned = kept.T.contiguous()  # dY or S(X) as a dense layer has it
+    if problem.form == "grad_weight":
+        return lambda: turned.T @ dense
+    return lambda: dense.T @ turned
+
+
+def _race(problem: Problem, candidates: tuple[int, ...]) -> Timing:
+    dtype = problem.dtype
+    random = torch.Generator("cuda").manual_seed(0)  # the user's random state stays as it is
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype, generator=random)
+
+    kept, dense = normal(problem.n, problem.k), normal(*problem.dense_shape)
+    bias = normal(problem.n) if problem.bias else None
+    packed = sparsify.sparsify(kept, "optimal", dtype)[0]
+    kept.masked_fill_(~sparsify.mask24(kept, "optimal"), 0)
+    dense_us = _time(_dense_matmul(problem, kept, dense, bias))
+    del kept
+
+    first = Plan(problem, 0, bias)
+    expected = first(dense, packed, bias)
+    plans = {0: first}
+    for algorithm in candidates:
+        if algorithm in plans or algorithm >= first.algorithms:
+            continue
+        try:
+            plans[algorithm] = Plan(problem, algorithm, bias)
+            plans[algorithm](dense, packed, bias)
+        except RuntimeError as error:
+            plans.pop(algorithm, None)
+            log.debug("%s", error)  # ids are not promised for every shape
+    output = torch.empty_like(expected)
+    times = {
+        number: _time(lambda plan=plan: plan(dense, packed, bias, output))  # type: ignore[misc]
+        for number, plan in plans.items()
+    }
+    for algorithm in sorted(times, key=times.__getitem__):
+        plan = plans[algorithm]
+        # What is in the output's memory before must not matter.
+        plan(dense, packed, bias, output.fill_(float("nan")))
+        difference = (output.float() - expected.float()).norm() / expected.float().norm()
+        if bool(difference < _TOLERANCE) and torch.equal(output, plan(dense, packed, bias)):
+            return Timing(algorithm, times[algorithm], dense_us)
+        log.warning("%s disagrees with algorithm 0 or with itself: not used", plan)
+    return Timing(0, times[0], dense_us)
+
+
+def _time(launch: Callable[[], object]) -> float:
+    """Median GPU time of one launch in microseconds, by replay of a CUDA graph: no host time in it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(_CALLS):
+            launch()
+    samples: list[float] = []
+    graph.replay()
+    for _ in range(_SAMPLES):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) * 1000 / _CALLS)
+    return float(median(samples))

@@ -1,0 +1,39 @@
+"""Read a 64x64 block of a matrix as 16x16 tiles of 4x4 (Triton device functions).
+
+A block is sixteen tensors [16, 16], one for each place in a tile, row-major; see `masks`.
+"""
+
+# Triton reads the device functions, which mypy does not; it has no unpacking in tuples.
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+# mypy: disable-error-code="import-not-found, assignment"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _load_row(ptr, n, k, N, K, stride_n, stride_k, i: tl.constexpr, BOUNDED: tl.constexpr):
+    """Row i of every tile, [16, 64] -> its four columns, [16, 16] each."""
+    rows = 4 * tl.arange(0, 16)[:, None] + i
+    cols = tl.arange(0, 64)[None, :]
+    pointers = ptr + rows * stride_n + cols * stride_k
+    row = tl.load(pointers, mask=(n + rows < N) & (k + cols < K), other=0.0) if BOUNDED else tl.load(pointers)
+    even, odd = tl.split(tl.reshape(row, [16, 16, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def load(ptr, n, k, N, K, stride_n, stride_k, BOUNDED: tl.constexpr):
+    """The 64x64 block of a matrix [N, K] at row n and column k, as sixteen tensors; zeros outside of the matrix."""
+    ptr += n.to(tl.int64) * stride_n + k.to(tl.int64) * stride_k
+    x = _load_row(ptr, n, k, N, K, stride_n, stride_k, 0, BOUNDED)
+    for i in tl.static_range(1, 4):
+        x = x + _load_row(ptr, n, k, N, K, stride_n, stride_k, i, BOUNDED)
+    return x
