@@ -26,6 +26,10 @@ _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEYS = (0x9E3779B9, 0xBB67AE85)
 
 
+_TINY = 2.0**-140
+"""Not 0, and 0 in 16 bits."""
+
+
 def padded(rows: int) -> int:
     """Mp: M rounded up to a multiple of 64."""
     return (rows + TILE - 1) // TILE * TILE
@@ -68,52 +72,46 @@ def choose(group: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
     Of estimates that keep element i with probability p_i and then give g_i / p_i, which is g_i in expectation with the
     variance g_i^2 (1 / p_i - 1), the sum of variances is smallest, with p_i <= 1 and sum p_i = 2, where p_i is
-    proportional to the magnitude a_i, cut off at 1. Only one element can be cut off, and is if its magnitude is more
-    than half the sum; the other three then share what is left, sum p_i = 1. So with
+    proportional to the magnitude a_i, cut off at 1. Only the largest can be cut off, and is if it is more than the sum
+    of the other three, which then share what is left. So with h such that p_i = min(a_i / h, 1):
 
-        sum    = ((a_0 + a_1) + a_2) + a_3
-        sure_i = a_i > sum * 0.5                                    kept for certain, with its value
-        b_i    = 0 if sure_i else a_i
-        e_0 = b_0, e_1 = e_0 + b_1, e_2 = e_1 + b_2, e_3 = e_2 + b_3
-        h      = e_3 if any is sure, else e_3 * 0.5                 p_i = b_i / h: kept values are h, signed as g_i
-        t      = u * h
+        rest    = (min(a_0, a_1) + min(a_2, a_3)) + min(max(a_0, a_1), max(a_2, a_3))     all but the largest
+        largest = max(max(a_0, a_1), max(a_2, a_3))
+        h       = max(min(rest, (rest + largest) * 0.5), 2^-140)     which counts as 0 where it is kept
+        b_i     = min(a_i, h)                                        p_i = b_i / h
+        e_0 = b_0, e_1 = e_0 + b_1, e_2 = e_1 + b_2, e_3 = 2 h
+        t       = (u 2^24) (h 2^-24)
 
     the interval [e_(i-1), e_i) has the length p_i h, and elements are kept whose interval holds t or t + h (systematic
     sampling), by counting the ends that the point is not before:
 
-        first  = the number of i < 3 with t >= e_i
-        second = the sure element if there is one, else the number of i < 3 with t >= e_i - h
+        first  = the number of i < 2 with t >= e_i
+        second = the number of i < 3 with t >= e_i - h, at least first + 1
 
-    Every sum, difference and product above is rounded once, in this order; t < h in floating point too, as u has 24
-    bits. The one product that goes into a sum is e_3 * 0.5, which is exact, so that fused multiply-adds change nothing.
-    Zeros are kept as zeros only; one or two nonzeros are kept as they are (but for subnormal numbers). Where first and
-    second are the same, of which rounding or too many zeros is the cause, its neighbour first ^ 1 is kept as zero.
+    and have the larger one of h and a_i as their magnitude. Every sum, difference and product above is rounded once, in
+    this order; t < h in floating point too, as u has 24 bits (unless h is below 2^-102, where a float32 has fewer). The
+    one product that goes into a sum is exact, so that fused multiply-adds change nothing.
 
-    If e_3 is not finite, h is NaN and all comparisons fail: element 0 is NaN, the others are zero. That is so for a
-    group with a NaN or an infinity, or whose sum is too large for the dtype.
+    One or two nonzeros are kept as they are. Zeros are kept as zeros, and what is sure is kept: up to the rounding of
+    e_i, which matters only if magnitudes of a group differ by more than a float32 has bits, and then less than once in
+    2^22 draws. NaN gives NaN, infinities and groups whose sum is too large for the dtype give infinities.
     """
-    magnitude = group.abs()
-    a0, a1, a2, a3 = magnitude.unbind(-1)
-    half = (((a0 + a1) + a2) + a3) * 0.5
-    sure = magnitude > half.unsqueeze(-1)
-    any_sure = sure.any(-1)
-    b0, b1, b2, b3 = magnitude.masked_fill(sure, 0).unbind(-1)
-    e0 = b0
-    e1 = e0 + b1
-    e2 = e1 + b2
-    e3 = e2 + b3
-    h = torch.where(any_sure, e3, e3 * 0.5).masked_fill(~(e3 < float("inf")), float("nan"))
-    point, ends = (u * h).unsqueeze(-1), torch.stack([e0, e1, e2], dim=-1)
-    first = (point >= ends).sum(-1)
-    second = torch.where(any_sure, sure.int().argmax(-1), (point >= ends - h.unsqueeze(-1)).sum(-1))
-    same = first == second
-    second = torch.where(same, first ^ 1, second)
+    a0, a1, a2, a3 = group.abs().unbind(-1)
+    upper, lower = torch.maximum(a0, a1), torch.maximum(a2, a3)
+    rest = (torch.minimum(a0, a1) + torch.minimum(a2, a3)) + torch.minimum(upper, lower)
+    h = torch.minimum(rest, (rest + torch.maximum(upper, lower)) * 0.5).clamp(min=_TINY)
+    e0 = torch.minimum(a0, h)
+    e1 = e0 + torch.minimum(a1, h)
+    e2 = e1 + torch.minimum(a2, h)
+    t = (u * 2**24) * (h * 2.0**-24)
+    first = (t >= e0).int() + (t >= e1)
+    second = (t >= e0 - h).int() + (t >= e1 - h) + (t >= e2 - h)
+    second = torch.maximum(second, first + 1)
 
     place = torch.arange(4, device=group.device)
-    is_second = place == second.unsqueeze(-1)
-    kept = (place == first.unsqueeze(-1)) | is_second
-    value = torch.where(sure, group, torch.copysign(h.unsqueeze(-1), group))
-    return kept, value.masked_fill(~kept | (is_second & same.unsqueeze(-1)), 0)
+    kept = (place == first.unsqueeze(-1)) | (place == second.unsqueeze(-1))
+    magnitude = torch.maximum(group.abs(), (h * (h > _TINY)).unsqueeze(-1))
+    return kept, torch.copysign(magnitude, group).masked_fill(~kept, 0)
 
 
 def _estimate(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:

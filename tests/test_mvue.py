@@ -205,13 +205,17 @@ def test_one_or_two_nonzeros_are_kept_as_they_are(pair: tuple[int, int], u: floa
         assert chosen(group, u) == group
 
 
-def test_broken_groups_come_out_broken() -> None:
-    """Whatever u is."""
+def test_what_is_not_finite_stays_so() -> None:
+    """Whatever u is; a lone infinity is the largest of its group, and stays."""
     for u in (0.0, 0.3, 0.99):
-        for group in ([1, NAN, 2, 3], [0, 0, 0, NAN], [INF, 1, 2, 0], [INF, NAN, 0, 0], [3e38, 3e38, 0, 0]):
-            values = chosen(group, u)
-            assert np.isnan(values[0])
-            assert values[1:] == [0, 0, 0]
+        for group in ([1, NAN, 2, 3], [0, 0, 0, NAN], [INF, NAN, 0, 0]):
+            assert np.isnan(chosen(group, u)).any()
+        for group in ([INF, 1, 2, -INF], [3e38, 3e38, 3e38, 0]):
+            assert not np.isfinite(chosen(group, u)).all()
+        values = chosen([1, 2, -INF, 3], u)
+        assert values[2] == -INF
+        assert sum(value in (6, 0) for value in values) == 3
+        assert chosen([1e38, 3e38, 0, 0], u) == torch.tensor([1e38, 3e38, 0, 0]).tolist()
 
 
 @pytest.mark.parametrize("dtype", PACKED_DTYPES)
@@ -228,21 +232,19 @@ def by_hand(group: np.ndarray, u: float) -> np.ndarray:
     """`choose`, number by number and from its docstring."""
     f = np.float32
     a = np.abs(group)
-    half = f(f(f(f(a[0] + a[1]) + a[2]) + a[3]) * f(0.5))
-    sure = [bool(a[i] > half) for i in range(4)]
-    b = [f(0) if sure[i] else a[i] for i in range(4)]
-    ends = [b[0], f(b[0] + b[1])]
-    ends.append(f(ends[1] + b[2]))
-    ends.append(f(ends[2] + b[3]))
-    if not ends[3] < INF:
-        return np.array([NAN, 0, 0, 0], dtype=f)
-    h = ends[3] if any(sure) else f(ends[3] * f(0.5))
-    t = f(f(u) * h)
-    first = sum(bool(t >= ends[i]) for i in range(3))
-    second = sure.index(True) if any(sure) else sum(bool(t >= f(ends[i] - h)) for i in range(3))
+    if np.isnan(a).any():
+        return np.array([NAN, NAN, 0, 0], dtype=f)
+    rest = f(f(min(a[0], a[1]) + min(a[2], a[3])) + min(max(a[0], a[1]), max(a[2], a[3])))
+    h = max(min(rest, f(f(rest + max(a)) * f(0.5))), f(2**-140))
+    ends = [min(a[0], h)]
+    for i in (1, 2):
+        ends.append(f(ends[-1] + min(a[i], h)))
+    t = f(f(u * 2**24) * f(h * f(2**-24)))
+    first = sum(bool(t >= ends[i]) for i in range(2))
+    second = max(sum(bool(t >= f(ends[i] - h)) for i in range(3)), first + 1)
     values = np.zeros(4, dtype=f)
     for i in (first, second):
-        values[i] = group[i] if sure[i] else np.copysign(h, group[i])
+        values[i] = np.copysign(max(a[i], h if h > f(2**-140) else f(0)), group[i])
     return values
 
 

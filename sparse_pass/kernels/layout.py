@@ -70,6 +70,26 @@ def pair_up(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def twice(x, DTYPE: tl.constexpr):
+    """A float32, rounded to 16 bits, in both halves of a word."""
+    if _INTERPRETED:
+        return pair_up(x, x, DTYPE)
+    elif DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", [x], tl.int32, True, 1)
+    else:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [x], tl.int32, True, 1)
+
+
+@triton.jit
+def larger_halves(a, b):
+    """Of both halves of two words the larger one, as integers that are not negative."""
+    if _INTERPRETED:
+        return tl.maximum(a & 0xFFFF, b & 0xFFFF) | tl.maximum(a & 0x7FFF0000, b & 0x7FFF0000)
+    else:
+        return tl.inline_asm_elementwise("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
 def _kept_values(x, FIRST: tl.constexpr, STEP: tl.constexpr, selector, DTYPE: tl.constexpr):
     """The two kept values of the group x[FIRST], x[FIRST + STEP], ... as a word."""
     low = pair_up(x[FIRST], x[FIRST + STEP], DTYPE)

@@ -25,67 +25,80 @@ _WARPS = 4
 
 
 @triton.jit
-def _size(x):
-    """|x| as float32, NaN as NaN."""
-    if x.dtype == tl.bfloat16:
-        # The same as a cast, which Triton's interpreter gets wrong for denormals.
-        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32).to(tl.int32, bitcast=True) << 16
-        return (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    else:
-        return tl.abs(x.to(tl.float32))
+def _philox(seed, offset):
+    """The four words of `reference_mvue.philox`, for an offset below 2^32; as `tl.randint4x`, in half the time: one
+    multiplication gives both halves of a product."""
+    k0 = seed.to(tl.uint64, bitcast=True).to(tl.uint32)
+    k1 = (seed.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32)
+    c0 = offset.to(tl.uint32, bitcast=True)
+    c1, c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0), tl.zeros_like(c0)
+    for _ in tl.static_range(10):
+        first = c0.to(tl.uint64) * 0xD2511F53
+        second = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (second >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (first >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = second.to(tl.uint32), first.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+# What stands for element i of a group, from here on: the byte selector of its two bytes, see `layout.permute_bytes`.
+_ELEMENT = tl.constexpr((0x10, 0x32, 0x54, 0x76))
+_NEXT = tl.constexpr(0x22)
+_ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _draw(a, word):
-    """a: four magnitudes, float32; word: of philox. Names as in `reference_mvue.choose`.
+def _smaller(x, y):
+    return tl.minimum(x, y, propagate_nan=_ALL)
 
-    Returns h, first, second, whether they would be the same, and the sure element, 4 if there is none.
-    """
-    half = (((a[0] + a[1]) + a[2]) + a[3]) * 0.5
-    # At most one is sure.
-    sure = tl.where(a[0] > half, 0, tl.where(a[1] > half, 1, tl.where(a[2] > half, 2, tl.where(a[3] > half, 3, 4))))
-    any_sure = sure < 4
-    e0 = tl.where(sure == 0, 0.0, a[0])
-    e1 = e0 + tl.where(sure == 1, 0.0, a[1])
-    e2 = e1 + tl.where(sure == 2, 0.0, a[2])
-    e3 = e2 + tl.where(sure == 3, 0.0, a[3])
-    h = tl.where(any_sure, e3, e3 * 0.5)
-    h = tl.where(e3 < float("inf"), h, float("nan"))
-    u = (word.to(tl.uint32, bitcast=True) >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
-    t = u * h
-    first = (t >= e0).to(tl.int32) + (t >= e1).to(tl.int32) + (t >= e2).to(tl.int32)
-    second = (t >= e0 - h).to(tl.int32) + (t >= e1 - h).to(tl.int32) + (t >= e2 - h).to(tl.int32)
-    second = tl.where(any_sure, sure, second)
-    same = first == second
-    second = tl.where(same, first ^ 1, second)
-    return h, first, second, same, sure
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y, propagate_nan=_ALL)
 
 
 @triton.jit
 def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
-    """The group x[FIRST], x[FIRST + 4], ... -> its two kept values as a word, and its metadata nibble."""
-    g = (x[FIRST], x[FIRST + 4], x[FIRST + 8], x[FIRST + 12])
-    h, first, second, same, sure = _draw((_size(g[0]), _size(g[1]), _size(g[2]), _size(g[3])), word)
-    left = tl.minimum(first, second)
-    right = tl.maximum(first, second)
-    # Of each, two bytes: as in `layout`, of the eight bytes of the group.
-    selector = (left * 0x22 + 0x10) | ((right * 0x22 + 0x10) << 8)
-    chosen = layout.permute_bytes(layout.pair_up(g[0], g[1], DTYPE), layout.pair_up(g[2], g[3], DTYPE), selector)
-    # -2147450880 is 0x80008000, the signs.
-    scaled = layout.pair_up(h, h, DTYPE) | (chosen & -2147450880)
-    sure_bits = tl.where(left == sure, 0xFFFF, 0) | tl.where(right == sure, -65536, 0)
-    words = (chosen & sure_bits) | (scaled & ~sure_bits)
-    # The neighbour of an element that was drawn twice is zero.
-    zeroed = tl.where(same, tl.where(second == left, -65536, 0xFFFF), -1)
-    return words & zeroed, left | (right << 2)
+    """The group x[FIRST], x[FIRST + 4], ... and a random word -> its two kept values as a word, and which they are:
+    their elements in the low two bytes. Names as in `reference_mvue.choose`."""
+    low = layout.pair_up(x[FIRST], x[FIRST + 4], DTYPE)
+    high = layout.pair_up(x[FIRST + 8], x[FIRST + 12], DTYPE)
+    a0, a1 = tiles.magnitudes(low, DTYPE)
+    a2, a3 = tiles.magnitudes(high, DTYPE)
+    upper, lower = _larger(a0, a1), _larger(a2, a3)
+    rest = (_smaller(a0, a1) + _smaller(a2, a3)) + _smaller(upper, lower)
+    h = _smaller(rest, (rest + _larger(upper, lower)) * 0.5)
+    h = _larger(h, 7.174648137343064e-43)  # 2^-140
+    e0 = _smaller(a0, h)
+    e1 = e0 + _smaller(a1, h)
+    e2 = e1 + _smaller(a2, h)
+    t = (word >> 8).to(tl.int32).to(tl.float32) * (h * (1.0 / 16777216.0))
+    first = tl.where(t >= e1, _ELEMENT[2], tl.where(t >= e0, _ELEMENT[1], _ELEMENT[0]))
+    second = tl.where(t >= e1 - h, _ELEMENT[2], tl.where(t >= e0 - h, _ELEMENT[1], _ELEMENT[0]))
+    second = tl.where(t >= e2 - h, _ELEMENT[3], second)
+    second = tl.maximum(second, first + _NEXT)
+
+    chosen = first | (second << 8)
+    values = layout.permute_bytes(low, high, chosen)
+    # -2147450880 is 0x80008000, the signs. As 16-bit integers: above the bits of the infinities there is only NaN.
+    return layout.larger_halves(values & 0x7FFF7FFF, layout.twice(h, DTYPE)) | (values & -2147450880), chosen
 
 
 @triton.jit
-def _dense_row(words, codes, i: tl.constexpr, DTYPE: tl.constexpr):
-    """Element i of groups that are packed."""
-    low = words.to(tl.uint32, bitcast=True).to(tl.uint16)
-    high = (words.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
-    bits = tl.where((codes & 3) == i, low, tl.where((codes >> 2) == i, high, tl.zeros_like(low)))
+def _nibbles(low, high):
+    """The metadata nibbles of two groups, in bytes 0 and 2, from their chosen elements."""
+    both = low | (high << 16)
+    return ((both >> 5) & 0x00030003) | ((both >> 11) & 0x000C000C)
+
+
+@triton.jit
+def _element(group, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
+    """One element of a group."""
+    words = group[0].to(tl.uint32, bitcast=True)
+    low = tl.where((group[1] & 0xFF) == ELEMENT, words.to(tl.uint16), tl.zeros(words.shape, tl.uint16))
+    bits = tl.where((group[1] >> 8) == ELEMENT, (words >> 16).to(tl.uint16), low)
     return bits.to(DTYPE, bitcast=True)
 
 
@@ -109,8 +122,7 @@ def _mvue_kernel(
     groups = tl.num_programs(1) * 16  # of a column, Mp / 4
     R = tl.arange(0, 16)[:, None]
     C = tl.arange(0, 16)[None, :]
-    offset = (n // 4 + C).to(tl.int64) * groups + (m // 4 + R)
-    words4 = tl.randint4x(tl.load(seed_ptr), offset)
+    words4 = _philox(tl.load(seed_ptr), (n // 4 + C + tiles.zero_beside(x[0])) * groups + (m // 4 + R))
     group0 = _group(x, 0, words4[0], DTYPE)
     group1 = _group(x, 1, words4[1], DTYPE)
     group2 = _group(x, 2, words4[2], DTYPE)
@@ -123,13 +135,13 @@ def _mvue_kernel(
         block = tl.reshape(tl.permute(block, (1, 2, 3, 0)), [64, 16])
         rows = tl.arange(0, 64)[:, None]
         tl.store(values + rows * groups + tl.arange(0, 16)[None, :], block)
-        codes = group0[1] | (group1[1] << 8) | (group2[1] << 16) | (group3[1] << 24)
+        codes = _nibbles(group0[1], group2[1]) | (_nibbles(group1[1], group3[1]) << 8)
         metadata = out_ptr + N.to(tl.int64) * groups
         layout.store_metadata(metadata + (n.to(tl.int64) * (groups * 4) + m * 64) // 32, tl.trans(codes))
     else:
         for i in tl.static_range(4):
-            even = tl.join(_dense_row(group0[0], group0[1], i, DTYPE), _dense_row(group2[0], group2[1], i, DTYPE))
-            odd = tl.join(_dense_row(group1[0], group1[1], i, DTYPE), _dense_row(group3[0], group3[1], i, DTYPE))
+            even = tl.join(_element(group0, _ELEMENT[i], DTYPE), _element(group2, _ELEMENT[i], DTYPE))
+            odd = tl.join(_element(group1, _ELEMENT[i], DTYPE), _element(group3, _ELEMENT[i], DTYPE))
             row = tl.reshape(tl.join(even, odd), [16, 64])
             at_row = m + 4 * R + i
             at_col = n + tl.arange(0, 64)[None, :]

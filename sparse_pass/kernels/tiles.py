@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -37,3 +39,24 @@ def load(ptr, n, k, N, K, stride_n, stride_k, BOUNDED: tl.constexpr):
     for i in tl.static_range(1, 4):
         x = x + _load_row(ptr, n, k, N, K, stride_n, stride_k, i, BOUNDED)
     return x
+
+
+@triton.jit
+def zero_beside(x):
+    """Zeros in the registers where x is: what they are added to is computed there, and not moved there afterwards."""
+    if _INTERPRETED:
+        return tl.zeros(x.shape, tl.int32)
+    else:
+        word = x.to(tl.uint16, bitcast=True).to(tl.int32)
+        return tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [word], tl.int32, True, 1)
+
+
+@triton.jit
+def magnitudes(pair, DTYPE: tl.constexpr):
+    """The two 16-bit numbers of a word, as float32 without their signs."""
+    if DTYPE == tl.bfloat16:
+        low, high = pair << 16, pair & -65536
+        return tl.abs(low.to(tl.float32, bitcast=True)), tl.abs(high.to(tl.float32, bitcast=True))
+    else:
+        low, high = pair.to(tl.uint32, bitcast=True).to(tl.uint16), (pair.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
+        return tl.abs(low.to(DTYPE, bitcast=True).to(tl.float32)), tl.abs(high.to(DTYPE, bitcast=True).to(tl.float32))
