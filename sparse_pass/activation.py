@@ -1,6 +1,6 @@
-"""Rewrite the input of a linear to a 2:4 one, with dense matmuls.
+"""Rewrite the input of a linear to a 2:4 one.
 
-Before and after::
+Before, and after with dense matmuls::
 
     y  = addmm(b, x, permute(w))                 dw = mm(permute(dy), x)         dx = mm(dy, w)
 
@@ -8,20 +8,29 @@ Before and after::
     s  = where(m, x, 0)
     y  = addmm(b, s, permute(w))                 dw = mm(permute(dy), s)         dx = mm(dy, w)
 
+and with sparse ones, where x may be an activation function of h, which is then computed in the first op::
+
+    packed, packed_t = sparse_pass.sparsify_input(x, None, "optimal", "none")
+    y  = sparse_pass.input_linear(packed, w, M) + b
+    dw = sparse_pass.input_grad_weight(packed_t, dy, K)                          dx = mm(dy, w)
+
 With ``grad_input="masked"``, ``dx = where(m, mm(dy, w), 0)``.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
 from torch.fx import Node
 
-from . import ops as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
-from .config import ActivationSparsity
+from . import input_ops as _input_ops  # noqa: F401  (registers torch.ops.sparse_pass)
+from . import ops as _ops  # noqa: F401
 from .editor import Editor
+from .fusion import Activation, activation_of
 from .gemms import Input, Linear, aten, input_of, made_by, trace
+from .gradient import multiply_sparse
 
 sparse_ops = torch.ops.sparse_pass
 
@@ -48,43 +57,120 @@ def why_dense_grad_weight(linear: Linear) -> str | None:
     return None
 
 
-def rewrite_input(edit: Editor, linear: Linear, scheme: ActivationSparsity, *, grad_weight: bool) -> None:
-    """Give output, and grad_weight if asked, the masked input, and mask its gradient if the scheme says so."""
-    gemm = linear.output.gemm
-    input = input_of(linear.output)
-    assert input is not None
-    mask = edit.once(
-        ("input mask", input.node, scheme.mask, input.k_last), lambda: _mask(edit, input, scheme.mask, gemm)
-    )
+def mask_grad_input(edit: Editor, linear: Linear, mask: str) -> None:
+    """Mask the gradient of the input, before anything else of the linear is rewritten."""
+    gemm, input = linear.output.gemm, _input(linear)
+    made = _mask(edit, input, mask, gemm)
+    for use in linear.grad_input:
+        found = _gradient_of(input, use.gemm)
+        assert found is not None
+        gradient, moved = found
+        edit.mask_gradient(gradient, edit.replay(input.chain, input.node, made, gemm) if moved else made)
+
+
+def rewrite_input(edit: Editor, linear: Linear, mask: str, *, grad_weight: bool) -> None:
+    """Give output, and grad_weight if asked, the masked input."""
+    gemm, input = linear.output.gemm, _input(linear)
+    made = _mask(edit, input, mask, gemm)
     kept = edit.once(
-        ("input", mask),
-        lambda: edit.call_before(gemm, aten.where.self, (mask, input.node, edit.zero(input.node, gemm, like=gemm))),
+        ("input", made),
+        lambda: edit.call_before(gemm, aten.where.self, (made, input.node, edit.zero(input.node, gemm, like=gemm))),
     )
     if grad_weight:
         for reader, at, chain in list(_reads(linear, input.node)):
             old = reader.args[at]
             reader.update_arg(at, edit.replay(chain, input.node, kept, reader))
             edit.erase_unused(old)
-    if scheme.grad_input == "masked":
-        for use in linear.grad_input:
-            found = _gradient_of(input, use.gemm)
-            assert found is not None
-            gradient, moved = found
-            edit.mask_gradient(gradient, edit.replay(input.chain, input.node, mask, gemm) if moved else mask)
     operand = gemm.args[input.place]
     gemm.update_arg(input.place, edit.replay(input.chain, input.node, kept, gemm))
     edit.erase_unused(operand)
 
 
+def fused_activation(linear: Linear, *, grad_weight: bool) -> Activation | None:
+    """The activation function that the sparse kernel can compute by itself: none if something else reads its result.
+
+    grad_weight: whether that GEMM is to read what the kernel made, too.
+    """
+    readers = {linear.output.gemm}
+    input = _input(linear).node
+    if grad_weight:
+        # Through views and a transpose of their own.
+        readers |= {one for reader, _, chain in _reads(linear, input) for one in (reader, *chain)}
+    return activation_of(input, frozenset(readers))
+
+
+def rewrite_input_sparse(
+    edit: Editor, linear: Linear, mask: str, activation: Activation | None, *, grad_weight: bool, tuned: bool
+) -> None:
+    """Compute output, and grad_weight if asked, by sparse kernels. The last rewrite of a linear: its GEMMs are gone."""
+    gemm, node = linear.output.gemm, _input(linear).node
+    sizes = node.meta["val"].shape
+    source, gate = (node, None) if activation is None else (activation.source, activation.gate)
+    name = "none" if activation is None else activation.name
+
+    def rows_of(tensor: Node) -> Node:
+        if len(tensor.meta["val"].shape) == 2:
+            return tensor
+        return edit.call_before(gemm, aten.reshape.default, (tensor, [-1, sizes[-1]]))
+
+    key = ("packed input", source, gate, mask, name)
+    both = edit.once(
+        key,
+        lambda: edit.call_before(
+            gemm,
+            sparse_ops.sparsify_input.default,
+            (rows_of(source), None if gate is None else rows_of(gate), mask, name),
+        ),
+    )
+    packed = edit.once((*key, 0), lambda: edit.call_before(gemm, operator.getitem, (both, 0)))
+    first = both.args[0]
+    assert isinstance(first, Node)
+    rows = first.meta["val"].shape[0]
+    kwargs = {"tuned": True} if tuned and node.meta["val"].is_cuda else {}
+    count = rows if isinstance(rows, int) else edit.call_before(gemm, aten.sym_size.int, (first, 0))
+    weight = linear.output.operand
+    if gemm.target is not aten.linear.default:
+        weight = edit.flipped(weight, gemm)
+    result = edit.call_before(gemm, sparse_ops.input_linear.default, (packed, weight, count), kwargs)
+    edit.finish_gemm(gemm, result, _bias(gemm), sizes)
+    if grad_weight:
+        assert linear.grad_weight is not None
+        packed_t = edit.once((*key, 1), lambda: edit.call_before(both.next, operator.getitem, (both, 1), like=both))
+        multiply_sparse(
+            edit,
+            linear.grad_weight,
+            lambda grad_output, before: edit.call_before(
+                before, sparse_ops.input_grad_weight.default, (packed_t, grad_output, sizes[-1]), kwargs
+            ),
+        )
+    edit.erase_dead(node)
+
+
+def _input(linear: Linear) -> Input:
+    input = input_of(linear.output)
+    assert input is not None
+    return input
+
+
+def _bias(gemm: Node) -> object:
+    if gemm.target is aten.addmm.default:
+        return gemm.args[0]
+    return gemm.args[2] if len(gemm.args) > 2 else gemm.kwargs.get("bias")
+
+
 def _mask(edit: Editor, input: Input, mask: str, before: Node) -> Node:
     """The mask in the shape and the memory order of the input, whose K may be the last dim but one."""
-    if input.k_last:
-        made = edit.call_before(before, sparse_ops.input_mask24.default, (input.node, mask))
-    else:
-        turned = edit.call_before(before, aten.transpose.int, (input.node, -1, -2))
-        made = edit.call_before(before, sparse_ops.input_mask24.default, (turned, mask))
-        made = edit.call_before(before, aten.transpose.int, (made, -1, -2))
-    return edit.laid_out(made, input.node, before, like=before)
+
+    def make() -> Node:
+        if input.k_last:
+            made = edit.call_before(before, sparse_ops.input_mask24.default, (input.node, mask))
+        else:
+            turned = edit.call_before(before, aten.transpose.int, (input.node, -1, -2))
+            made = edit.call_before(before, sparse_ops.input_mask24.default, (turned, mask))
+            made = edit.call_before(before, aten.transpose.int, (made, -1, -2))
+        return edit.laid_out(made, input.node, before, like=before)
+
+    return edit.once(("input mask", input.node, mask, input.k_last), make)
 
 
 def _reads(linear: Linear, input: Node) -> Iterator[tuple[Node, int, tuple[Node, ...]]]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference, reference_mvue
+from . import reference, reference_activation, reference_mvue
+
+if TYPE_CHECKING:
+    from .kernels.problem import Form
 
 
 def is_sm90_layout(device: torch.device, dtype: torch.dtype) -> bool:
@@ -110,21 +114,60 @@ def grad_weight(packed: Tensor, input: Tensor, out_features: int, tuned: bool) -
     """`torch.ops.sparse_pass.grad_weight` for arguments that are known to be right."""
     if input.shape[0] == 0:
         return input.new_zeros(out_features, input.shape[1])
-    packed, padded = packed.contiguous(), _padded_rows(input).contiguous()
-    cols = input.shape[1]
-    if cols % 8:
-        padded = F.pad(padded, (0, -cols % 8))
+    return _product("grad_weight", packed, _padded_rows(input), out_features, tuned)
+
+
+def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
+    """`torch.ops.sparse_pass.sparsify_input` for arguments that are known to be right."""
+    if input.shape[0] == 0:
+        return input.new_empty(0), input.new_empty(0)
     with torch.cuda.device(input.device):
         if is_sm90_layout(input.device, input.dtype):
+            from .kernels import sparsify as kernel
+
+            return kernel.sparsify_input(input, gate, mask, activation)
+        from .kernels import torch_cslt
+
+        x = _padded_rows(reference_activation.activate(input, gate, activation))
+        masked = x.masked_fill(~mask24(x, mask), 0)
+        return torch_cslt.compress(masked), torch_cslt.compress(masked.T)
+
+
+def input_linear(packed: Tensor, weight: Tensor, rows: int, tuned: bool) -> Tensor:
+    """`torch.ops.sparse_pass.input_linear` for arguments that are known to be right."""
+    if rows == 0:
+        return weight.new_empty(0, weight.shape[0])
+    return _product("input", packed, weight, rows + -rows % 64, tuned)[:rows]
+
+
+def input_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int, tuned: bool) -> Tensor:
+    """`torch.ops.sparse_pass.input_grad_weight` for arguments that are known to be right."""
+    if grad_output.shape[0] == 0:
+        return grad_output.new_zeros(grad_output.shape[1], in_features)
+    return _product("input_grad_weight", packed_t, _padded_rows(grad_output), in_features, tuned)
+
+
+def _product(form: Form, packed: Tensor, dense: Tensor, rows: int, tuned: bool) -> Tensor:
+    """D of a form of `kernels.problem`, whose M is padded to a multiple of 8. rows: of packed."""
+    by_rows = form == "input"  # B is stored [M, K]
+    cols = dense.shape[0 if by_rows else 1]
+    if cols % 8:
+        dense = F.pad(dense, (0, 0, 0, -cols % 8) if by_rows else (0, -cols % 8))
+    packed, dense = packed.contiguous(), dense.contiguous()
+    with torch.cuda.device(dense.device):
+        if is_sm90_layout(dense.device, dense.dtype):
             from .kernels import cusparselt, tuner
 
             multiply = tuner.product if tuned else cusparselt.product
-            result = multiply("grad_weight", padded, packed, out_features)
+            result = multiply(form, dense, packed, rows)
         else:
             from .kernels import torch_cslt
 
-            result = torch_cslt.product(packed, padded, out_features)
-    return result[:, :cols].contiguous() if cols % 8 else result
+            result = torch_cslt.product(packed, dense.T if by_rows else dense, rows)
+            result = result.T.contiguous() if form == "input_grad_weight" else result
+    if not cols % 8:
+        return result
+    return result[:cols].contiguous() if form == "input_grad_weight" else result[:, :cols].contiguous()
 
 
 def _padded_rows(matrix: Tensor) -> Tensor:

@@ -109,6 +109,30 @@ class Editor:
         for user in users:
             user.replace_input_with(gradient, kept)
 
+    def finish_gemm(self, gemm: Node, rows: Node, bias: object, sizes: Sequence[Any]) -> None:
+        """Put a product [M, N] in the place of a GEMM whose input has these sizes, and add the bias if there is one."""
+        if bias is not None:
+            rows = self.call_before(gemm, aten.add.Tensor, (rows, bias))
+        if len(sizes) != 2:
+            input = gemm.args[0]
+            leading = [
+                size if isinstance(size, int) else self.call_before(gemm, aten.sym_size.int, (input, dim))
+                for dim, size in enumerate(sizes[:-1])
+            ]
+            features = rows.meta["val"].shape[-1]
+            rows = self.call_before(gemm, aten.reshape.default, (rows, [*leading, features]))
+        gemm.replace_all_uses_with(rows)
+        self.graph.erase_node(gemm)
+
+    def erase_dead(self, node: Node) -> None:
+        """Erase a call that nothing reads any more, and what that leaves unread in turn."""
+        if node.op != "call_function" or node.users or node._erased:
+            return
+        sources = node.all_input_nodes
+        self.graph.erase_node(node)
+        for source in sources:
+            self.erase_dead(source)
+
     def erase_unused(self, node: object) -> None:
         """Erase a call that nothing reads any more, and the moves that led to it alone."""
         while isinstance(node, Node) and is_move(node) and not node.users:

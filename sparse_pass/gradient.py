@@ -18,6 +18,8 @@ Each call of a linear has a seed of its own, of torch's generator of the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.fx import Node
 
@@ -48,26 +50,35 @@ def rewrite_grad_weight(edit: Editor, grad_weight: GradWeight, *, sparse: bool, 
     }
     seed = edit.call_before(gemm, aten.randint.low, (0, _SEEDS, [1]), kwargs)
     if sparse:
-        _multiply_sparse(edit, grad_weight, grad_output, seed, tuned)
+
+        def multiply(grad_output: Node, before: Node) -> Node:
+            packed = edit.call_before(before, sparse_ops.sparsify_mvue.default, (grad_output, seed))
+            other = before.args[1 - place]
+            assert isinstance(other, Node)
+            input = edit.flipped(other, before) if place == 1 else other
+            kwargs = {"tuned": True} if tuned and before.meta["val"].is_cuda else {}
+            arguments = packed, input, grad_output.meta["val"].shape[1]
+            return edit.call_before(before, sparse_ops.grad_weight.default, arguments, kwargs)
+
+        multiply_sparse(edit, grad_weight, multiply)
     else:
         kept = edit.call_before(gemm, sparse_ops.mvue24.default, (grad_output, seed))
         gemm.update_arg(place, edit.flipped(kept, gemm) if place == 0 else kept)
-    edit.erase_unused(operand)
+        edit.erase_unused(operand)
 
 
-def _multiply_sparse(edit: Editor, grad_weight: GradWeight, grad_output: Node, seed: Node, tuned: bool) -> None:
+def multiply_sparse(edit: Editor, grad_weight: GradWeight, multiply: Callable[[Node, Node], Node]) -> None:
+    """Put ``multiply(grad_output [M, N], before) -> [N, K]`` in the place of the GEMM."""
     gemm, place = grad_weight.gemm, grad_weight.place
-    other = gemm.args[1 - place]
+    operand, other = gemm.args[place], gemm.args[1 - place]
+    assert isinstance(operand, Node)
     assert isinstance(other, Node)
-    packed = edit.call_before(gemm, sparse_ops.sparsify_mvue.default, (grad_output, seed))
-    out_features = grad_output.meta["val"].shape[1]
-    input = edit.flipped(other, gemm) if place == 1 else other
-    kwargs = {"tuned": True} if tuned and gemm.meta["val"].is_cuda else {}
-    result = edit.call_before(gemm, sparse_ops.grad_weight.default, (packed, input, out_features), kwargs)
+    result = multiply(edit.flipped(operand, gemm) if place == 0 else operand, gemm)
     if place == 1:
         # In the memory order of the GEMM that it replaces: what reads it was captured with that.
         turned = edit.call_before(gemm, aten.permute.default, (result, [1, 0]))
         result = edit.call_before(gemm, aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
     gemm.replace_all_uses_with(result)
     edit.graph.erase_node(gemm)
+    edit.erase_unused(operand)
     edit.erase_unused(other)

@@ -141,11 +141,34 @@ def why_not_sparse_gradient(linear: Linear, scheme: WeightSparsity, limits: Limi
     return None
 
 
-def why_not_sparse_input(scheme: ActivationSparsity, limits: Limits) -> str:
-    """Why the GEMMs of a 2:4 input get no sparse kernel. They are computed with the masked input all the same."""
+def why_not_sparse_input(
+    linear: Linear, scheme: ActivationSparsity, limits: Limits, *, grad_weight: bool
+) -> str | None:
+    """Why the GEMMs of a 2:4 input get no sparse kernel. They are computed with the masked input all the same.
+
+    grad_weight: whether that GEMM is to read the 2:4 input too. Then it is both or none: a dense one would need the
+    masked input that the kernels do not make.
+    """
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
-    return _why_no_device(scheme, limits) or "2:4 inputs have no kernels yet"
+    reason = _why_no_device(scheme, limits)
+    if reason is None and scheme.mask == "rowwise":
+        reason = "masks of single rows have no kernels, as grad_weight could not use them"
+    reason = reason or _why_no_scaled_call(linear.output) or _why_no_input_kernel(linear)
+    return reason or (why_dense_gradient(linear) if grad_weight else None)
+
+
+def _why_no_input_kernel(linear: Linear) -> str | None:
+    input = input_of(linear.output)
+    if input is None or not input.k_last or input.chain:
+        return "the input is the right operand of the matmul"
+    value = input.node.meta["val"]
+    if value.dtype not in KERNEL_DTYPES:
+        return f"{str(value.dtype).removeprefix('torch.')} has no 2:4 kernels, only float16 and bfloat16"
+    _, n, k = linear.shape
+    if k % KERNEL_TILE or n % GRAD_TILE:
+        return f"K and N are {k} and {n}: a 2:4 input needs multiples of {KERNEL_TILE} and {GRAD_TILE}"
+    return None
 
 
 def _why_no_device(scheme: WeightSparsity | ActivationSparsity, limits: Limits) -> str | None:
@@ -161,6 +184,15 @@ def _why_no_device(scheme: WeightSparsity | ActivationSparsity, limits: Limits) 
 
 def _why_no_call(use: Use) -> str | None:
     """The sparse op is linear(input, packed, bias): the weight on the right, no scaling."""
+    if reason := _why_no_scaled_call(use):
+        return reason
+    others = [str(node.target) for node in use.chain if node.target not in _KEEPS and not is_flip(node)]
+    if others:
+        return f"the GEMM reads the weight through {', '.join(others)}"
+    return None
+
+
+def _why_no_scaled_call(use: Use) -> str | None:
     gemm = use.gemm
     if gemm.target not in (aten.mm.default, aten.addmm.default, aten.linear.default):
         return f"the graph has it as {gemm.target}, which has no sparse kernel"
@@ -168,9 +200,6 @@ def _why_no_call(use: Use) -> str | None:
         return "the weight is the left operand of the matmul"
     if any(factor != 1 for factor in gemm.kwargs.values()):
         return f"addmm with {dict(gemm.kwargs)} has no sparse kernel"
-    others = [str(node.target) for node in use.chain if node.target not in _KEEPS and not is_flip(node)]
-    if others:
-        return f"the GEMM reads the weight through {', '.join(others)}"
     return None
 
 

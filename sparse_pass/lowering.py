@@ -19,6 +19,7 @@ from torch._inductor.virtualized import V
 
 from . import cuda_ops
 from . import grad_ops as _grad_ops  # noqa: F401  (registers torch.ops.sparse_pass)
+from . import input_ops as _input_ops  # noqa: F401
 from . import ops as _ops  # noqa: F401
 
 _sparse_ops = torch.ops.sparse_pass
@@ -29,11 +30,14 @@ _REFERENCES = {
     "linear_into": "sparse_pass.reference",
     "sparsify_mvue": "sparse_pass.reference_mvue",
     "grad_weight_into": "sparse_pass.reference_mvue",
+    "sparsify_input": "sparse_pass.reference_activation",
+    "input_linear_into": "sparse_pass.reference_activation",
+    "input_grad_weight_into": "sparse_pass.reference_activation",
 }
 _LINEAR_ROWS = 8
 """`linear` takes a multiple of as many rows."""
-_GRAD_ROWS = 64
-"""The kernels that contract over rows take a multiple of as many."""
+_TILE_ROWS = 64
+"""The kernels that pack rows, or contract over them, take a multiple of as many."""
 
 
 def _import_into(wrapper: Any, kernel: ir.ExternKernel) -> None:
@@ -79,6 +83,10 @@ def _contiguous(x: Any) -> Any:
     return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
 
 
+def _stride1(x: Any) -> Any:
+    return ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(x))
+
+
 def _into(kernel: str, like: Any, size: Sequence[Any], operands: Sequence[Any], **kwargs: Any) -> Any:
     """A matrix of the device and dtype of ``like``."""
     layout = ir.FixedLayout(like.get_device(), like.get_dtype(), list(size), [size[1], 1])
@@ -120,7 +128,7 @@ def _lower_sparsify(weight: Any, mask: str, *, dtype: torch.dtype | None = None)
     if kernel is None or weight.get_dtype() == torch.float64:
         return _call_op(_sparse_ops.sparsify.default, weight, mask, dtype=dtype)
     n, k = weight.get_size()
-    inputs = [ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(weight))]
+    inputs = [_stride1(weight)]
     return _making(kernel, device, packed_dtype, [n * k * 9 // 16] * 2, inputs, (mask, packed_dtype))
 
 
@@ -128,18 +136,46 @@ def _lower_sparsify_mvue(grad: Any, seed: Any) -> Any:
     device, dtype = grad.get_device(), grad.get_dtype()
     kernel = _kernel("sparsify_mvue", device, dtype)
     rows, cols = grad.get_size()
-    if kernel is None or not _is_multiple(rows, _GRAD_ROWS):
+    if kernel is None or not _is_multiple(rows, _TILE_ROWS):
         return _call_op(_sparse_ops.sparsify_mvue.default, grad, seed)
-    inputs = [ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(grad)), ir.ExternKernel.realize_input(seed)]
+    inputs = [_stride1(grad), ir.ExternKernel.realize_input(seed)]
     return _making(kernel, device, dtype, [rows * cols * 9 // 16], inputs)
 
 
 def _lower_grad_weight(packed: Any, input: Any, out_features: Any, *, tuned: bool = False) -> Any:
     rows, cols = input.get_size()
     kernel = _kernel("grad_weight_into", input.get_device(), input.get_dtype())
-    if kernel is None or not _is_multiple(rows, _GRAD_ROWS) or not _is_multiple(cols, _LINEAR_ROWS):
+    if kernel is None or not _is_multiple(rows, _TILE_ROWS) or not _is_multiple(cols, _LINEAR_ROWS):
         return _call_op(_sparse_ops.grad_weight.default, packed, input, out_features, tuned=tuned)
     return _into(kernel, input, [out_features, cols], (packed, input), tuned=tuned)
+
+
+def _lower_sparsify_input(input: Any, gate: Any, mask: str, activation: str) -> Any:
+    device, dtype = input.get_device(), input.get_dtype()
+    kernel = _kernel("sparsify_input", device, dtype)
+    rows, cols = input.get_size()
+    if kernel is None or not _is_multiple(rows, _TILE_ROWS):
+        return _call_op(_sparse_ops.sparsify_input.default, input, gate, mask, activation)
+    # The gate comes second, or None does.
+    inputs = [_stride1(x) for x in (input, gate) if x is not None]
+    constants = (mask, activation) if gate is not None else (None, mask, activation)
+    return _making(kernel, device, dtype, [rows * cols * 9 // 16] * 2, inputs, constants)
+
+
+def _lower_input_linear(packed: Any, weight: Any, rows: Any, *, tuned: bool = False) -> Any:
+    out_features = weight.get_size()[0]
+    kernel = _kernel("input_linear_into", weight.get_device(), weight.get_dtype())
+    if kernel is None or not _is_multiple(rows, _TILE_ROWS) or not _is_multiple(out_features, _LINEAR_ROWS):
+        return _call_op(_sparse_ops.input_linear.default, packed, weight, rows, tuned=tuned)
+    return _into(kernel, weight, [rows, out_features], (packed, weight), tuned=tuned)
+
+
+def _lower_input_grad_weight(packed_t: Any, grad_output: Any, in_features: Any, *, tuned: bool = False) -> Any:
+    rows, out_features = grad_output.get_size()
+    kernel = _kernel("input_grad_weight_into", grad_output.get_device(), grad_output.get_dtype())
+    if kernel is None or not _is_multiple(rows, _TILE_ROWS) or not _is_multiple(out_features, _LINEAR_ROWS):
+        return _call_op(_sparse_ops.input_grad_weight.default, packed_t, grad_output, in_features, tuned=tuned)
+    return _into(kernel, grad_output, [out_features, in_features], (packed_t, grad_output), tuned=tuned)
 
 
 @functools.cache
@@ -150,5 +186,8 @@ def register() -> None:
         (_sparse_ops.sparsify, _lower_sparsify),
         (_sparse_ops.sparsify_mvue, _lower_sparsify_mvue),
         (_sparse_ops.grad_weight, _lower_grad_weight),
+        (_sparse_ops.sparsify_input, _lower_sparsify_input),
+        (_sparse_ops.input_linear, _lower_input_linear),
+        (_sparse_ops.input_grad_weight, _lower_input_grad_weight),
     ):
         register_lowering(op.default, type_promotion_kind=None)(lower)

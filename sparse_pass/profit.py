@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from .config import WeightSparsity
-from .gemms import GradWeight, Use, aten
+from .gemms import GradWeight, Linear, Use, aten
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,22 @@ def why_slower_gradient(grad_weight: GradWeight) -> str | None:
         return _matmul(value, k, n, m + -m % _TILE, False, "grad_weight")
 
     return _verdict([timing], prepare, "a dense estimate of grad_output")
+
+
+def why_slower_input(linear: Linear, mask: str, *, grad_weight: bool) -> str | None:
+    """Why the sparse GEMMs of a 2:4 input lose against dense ones with the masked input, or None. S(X) is counted."""
+    value = linear.output.gemm.meta["val"]
+    _, n, k = linear.shape
+    m = value.numel() // n
+    rows = m + -m % _TILE
+    gemms = [lambda: _matmul(value, n, rows, k, False, "input")]
+    if grad_weight:
+        gemms.append(lambda: _matmul(value, n, k, rows, False, "input_grad_weight"))
+
+    def prepare() -> _Times:
+        return _preparation("S(X)", value, (m, k), value.dtype, mask)
+
+    return _verdict(gemms, prepare, "a dense masked input")
 
 
 def _call(function: Callable[..., _Times], *args: Any) -> Callable[[], _Times]:

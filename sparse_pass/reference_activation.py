@@ -1,15 +1,28 @@
-"""The reference of 2:4 masks of an input, plain torch on any device."""
+"""The reference of 2:4 inputs, plain torch on any device: masks, activation functions, packed, and products."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 
 MASKS = (*reference.MASKS, "rowwise")
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu_gate": lambda x, gate: F.silu(x) * gate,
+}
+GATED = frozenset({"silu_gate"})
+TILE = 64
+"""The packed layout is made of 64x64 tiles: M is padded to a multiple."""
 
 
 def input_mask24(input: Tensor, mask: str, tile_mask: Callable[[Tensor, str], Tensor] = reference.mask24) -> Tensor:
@@ -27,7 +40,7 @@ def input_mask24(input: Tensor, mask: str, tile_mask: Callable[[Tensor, str], Te
         kept = _rowwise(matrix)
     else:
         rows = matrix.shape[0]
-        kept = tile_mask(torch.nn.functional.pad(matrix, (0, 0, 0, -rows % 4)), mask)[:rows]
+        kept = tile_mask(F.pad(matrix, (0, 0, 0, -rows % 4)), mask)[:rows]
     return kept.reshape(input.shape)
 
 
@@ -38,3 +51,47 @@ def _rowwise(matrix: Tensor) -> Tensor:
     largest = groups.sort(dim=-1, descending=True, stable=True).indices[..., :2]
     kept = torch.zeros(groups.shape, dtype=torch.bool, device=matrix.device)
     return kept.scatter_(-1, largest, True).view(matrix.shape)
+
+
+def activate(input: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    """Apply an activation function in float32, and round once to input's dtype."""
+    if activation == "none":
+        return input
+    arguments = [input.float()] if gate is None else [input.float(), gate.float()]
+    return ACTIVATIONS[activation](*arguments).to(input.dtype)
+
+
+def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
+    """S(x) and S(x)^T packed, x [M, K] what the activation gives: `reference.pack` of [Mp, K] and of [K, Mp].
+
+    Mp is M rounded up to a multiple of 64, and what is added counts as zeros.
+    """
+    x = activate(input.detach(), gate, activation)
+    x = F.pad(x, (0, 0, 0, -x.shape[0] % TILE))
+    kept = reference.mask24(x, mask) if x.shape[0] else torch.zeros(x.shape, dtype=torch.bool)
+    return reference.pack(x, kept), reference.pack(x.T, kept.T)
+
+
+def _padded(rows: int) -> int:
+    return (rows + TILE - 1) // TILE * TILE
+
+
+def input_linear(packed: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """Multiply: packed S(x) [Mp, K], weight [N, K] -> [M, N]."""
+    return reference.unpack(packed, _padded(rows), weight.shape[1])[:rows] @ weight.T
+
+
+def input_linear_into(packed: Tensor, weight: Tensor, *, tuned: bool, out: Tensor) -> None:
+    """`input_linear` as compiled code calls it (`lowering`)."""
+    out.copy_(input_linear(packed, weight, out.shape[0]))
+
+
+def input_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int) -> Tensor:
+    """Multiply: packed S(x)^T [K, Mp], grad_output [M, N] -> grad_output^T S(x) [N, K]."""
+    rows = grad_output.shape[0]
+    return grad_output.T @ reference.unpack(packed_t, in_features, _padded(rows))[:, :rows].T
+
+
+def input_grad_weight_into(packed_t: Tensor, grad_output: Tensor, *, tuned: bool, out: Tensor) -> None:
+    """`input_grad_weight` as compiled code calls it (`lowering`)."""
+    out.copy_(input_grad_weight(packed_t, grad_output, out.shape[1]))

@@ -39,6 +39,8 @@ class Site:
     output: str | None = None
     grad_input: str | None = None
     grad_weight: str | None = None
+    fused: str | None = None
+    """The activation function that the kernel of a 2:4 input computes by itself, such as ``"squared_relu"``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +79,7 @@ class Report:
                         scheme_text(site.scheme),
                         ", ".join(map(str, site.shape)),
                         site.status,
-                        site.output or "-",
+                        f"{site.output or '-'}{f' of {site.fused}' if site.fused else ''}",
                         site.grad_input or "-",
                         site.grad_weight or "-",
                         site.reason,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
 
-from .activation import rewrite_input, why_dense_grad_weight, why_no_masked_gradient
+from .activation import (
+    fused_activation,
+    mask_grad_input,
+    rewrite_input,
+    rewrite_input_sparse,
+    why_dense_grad_weight,
+    why_no_masked_gradient,
+)
 from .config import ActivationSparsity, Tune, WeightSparsity, input_scheme, scheme_text, weight_scheme
 from .editor import Editor
 from .fqn import Pattern
@@ -22,7 +30,7 @@ from .legal import (
     why_not_sparse_input,
     why_skipped,
 )
-from .profit import why_slower, why_slower_gradient
+from .profit import why_slower, why_slower_gradient, why_slower_input
 from .report import Site, Status
 from .rewriter import Rewriter
 
@@ -68,6 +76,9 @@ def _wants_gradient(linear: Linear, scheme: WeightSparsity) -> bool:
     return scheme.grad_weight == "mvue" and has_gradient
 
 
+GEMMS = ("output", "grad_input", "grad_weight")
+
+
 class Rewriting:
     """Rewrites the linears of one graph, in graph order."""
 
@@ -93,14 +104,17 @@ class Rewriting:
             limits = device_limits(linear.weight.meta["val"].device, dtype)
             weight, input = weight_scheme(scheme), input_scheme(scheme)
             why = []
+            sparse_input = None
             if input is not None:
                 keeps_gradient = weight is not None and _wants_gradient(linear, weight)
-                why += self._rewrite_input(linear, input, limits, kernels, grad_weight=not keeps_gradient)
+                sparse_input = self._rewrite_input(linear, input, limits, kernels, why, grad_weight=not keeps_gradient)
             if weight is not None:
                 why += self._rewrite_weight(linear, weight, limits, kernels, output=input is None)
                 if _wants_gradient(linear, weight):
                     why += self._rewrite_gradient(linear, weight, limits, kernels)
-            any_sparse = any(kernel not in ("dense", "masked_dense", None) for kernel in kernels.values())
+            if sparse_input is not None:
+                sparse_input()
+            any_sparse = any(kernels[gemm] not in ("dense", "masked_dense", None) for gemm in GEMMS)
             status = "sparse" if any_sparse else "masked_dense"
         return Site(
             fqn=linear.names[0], pattern=pattern.text, scheme=scheme, dtype=dtype, status=status,
@@ -160,22 +174,43 @@ class Rewriting:
         scheme: ActivationSparsity,
         limits: Limits,
         kernels: dict[str, str | None],
+        why: list[str],
         *,
         grad_weight: bool,
-    ) -> list[str]:
-        """Sparsify the input in output, and in grad_weight if asked. Returns why not by a sparse kernel."""
-        why = [why_not_sparse_input(scheme, limits)]
-        kernels["output"] = "masked_dense"
+    ) -> Callable[[], None] | None:
+        """Sparsify the input in output, and in grad_weight if asked.
+
+        Appends to ``why`` why not by a sparse kernel. If by one, returns what is to be done after all other GEMMs of
+        the linear are rewritten: it replaces nodes that they are found by.
+        """
         if grad_weight:
             reason = why_dense_grad_weight(linear)
             grad_weight = reason is None and linear.grad_operand is not None
             why += [reason] if reason else []
+        reason = why_not_sparse_input(linear, scheme, limits, grad_weight=grad_weight)
+        tuned = self._tune == "auto"
+        if reason is None and tuned and scheme.backend == "auto":
+            reason = why_slower_input(linear, scheme.mask, grad_weight=grad_weight)
+        kernel = _kernel(limits) if reason is None else "masked_dense"
+        kernels["output"] = kernel
         if grad_weight:
-            kernels["grad_weight"] = "masked_dense"
-            if scheme.mask == "rowwise":
+            kernels["grad_weight"] = kernel
+        if scheme.grad_input == "masked":
+            mask_grad_input(self._edit, linear, scheme.mask)
+        if reason is not None:
+            why.append(reason)
+            if grad_weight and scheme.mask == "rowwise":
                 why.append("grad_weight: a rowwise mask is not 2:4 along M, over which it contracts")
-        rewrite_input(self._edit, linear, scheme, grad_weight=grad_weight)
-        return why
+            rewrite_input(self._edit, linear, scheme.mask, grad_weight=grad_weight)
+            return None
+        activation = None
+        if scheme.grad_input == "dense" and (grad_weight or linear.grad_operand is None):
+            activation = fused_activation(linear, grad_weight=grad_weight)
+        if activation is not None:
+            kernels["fused"] = activation.name
+        return functools.partial(
+            rewrite_input_sparse, self._edit, linear, scheme.mask, activation, grad_weight=grad_weight, tuned=tuned
+        )
 
     def clean(self) -> None:
         """Erase what is left without users: old moves of the weights, unused new nodes."""

@@ -139,16 +139,7 @@ class Rewriter:
         chosen = packed if reads_rows(use) else packed_t
         tuned = {"tuned": True} if self._tuned and gemm.meta["val"].is_cuda else {}
         result = self._edit.call_before(gemm, sparse_ops.linear.default, (rows, chosen, fused, out_features), tuned)
-        if bias is not None and fused is None:
-            result = self._edit.call_before(gemm, aten.add.Tensor, (result, bias))
-        if len(sizes) != 2:
-            leading = [
-                size if isinstance(size, int) else self._edit.call_before(gemm, aten.sym_size.int, (input, dim))
-                for dim, size in enumerate(sizes[:-1])
-            ]
-            result = self._edit.call_before(gemm, aten.reshape.default, (result, [*leading, out_features]))
-        gemm.replace_all_uses_with(result)
-        self._edit.graph.erase_node(gemm)
+        self._edit.finish_gemm(gemm, result, bias if fused is None else None, sizes)
 
     def _decay(self, weight: Node, mask: Node, decay: float, grad_output: int) -> None:
         if ("decay", weight) in self._edit.made:

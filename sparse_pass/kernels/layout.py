@@ -74,7 +74,7 @@ def twice(x, DTYPE: tl.constexpr):
     """A float32, rounded to 16 bits, in both halves of a word."""
     if _INTERPRETED:
         return pair_up(x, x, DTYPE)
-    elif DTYPE == tl.bfloat16:
+    elif tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", [x], tl.int32, True, 1)
     else:
         return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [x], tl.int32, True, 1)

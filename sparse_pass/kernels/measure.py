@@ -71,6 +71,10 @@ def preparation_of(
         zero, seed = dense.new_zeros(()), torch.zeros(1, device="cuda", dtype=torch.int64)
         if operand == "MVUE(dY)":
             return Timing(0, _time(lambda: mvue.sparsify_mvue(dense, seed)), _time(lambda: mvue.mvue24(dense, seed)))
+        if operand == "S(X)":
+            packed_us = _time(lambda: sparsify.sparsify_input(dense, None, mask, "none"))
+            whole = dense[: shape[0] // 4 * 4]
+            return Timing(0, packed_us, _time(lambda: torch.where(sparsify.mask24(whole, mask), whole, zero)))
         packed_us = _time(lambda: sparsify.sparsify(dense, mask, dtype))
         masked_us = _time(lambda: torch.where(sparsify.mask24(dense, mask), dense, zero).to(dtype))
         return Timing(0, packed_us, masked_us)

@@ -1,7 +1,8 @@
 """W [N, K] -> S(W) and S(W)^T, packed in the SM90 layout of cuSPARSELt, in one read of W (Triton).
 
-The definition is `sparse_pass.reference` (mask24, pack); the results are equal bit for bit. Bytes moved for 16-bit W:
-2 read and 2 * 1.125 written an element. One program handles a 64x64 block of W, which is one 512-byte block of
+The same for inputs X [M, K], whose rows are padded, and which may be what an activation function makes of the tensor
+that is read. The definition is `sparse_pass.reference` (mask24, pack); the results are equal bit for bit. Bytes moved
+for 16-bit W: 2 read and 2 * 1.125 written an element. One program handles a 64x64 block of W, which is one 512-byte block of
 metadata of S(W) and one of S(W)^T; see `masks` and `layout` for the tensors in it.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 # As Inductor's code calls it: half the host time of torch.empty.
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
-from . import layout, masks, tiles
+from . import activations, layout, masks, tiles
 
 # Two tiles a thread: 96 registers, no spills, five programs on an SM.
 _WARPS = 4
@@ -50,17 +51,28 @@ def _sparsify_kernel(
     w_ptr,
     packed_ptr,
     packed_t_ptr,
+    gate_ptr,
     N,
     K,
     stride_wn,
     stride_wk,
+    stride_gn,
+    stride_gk,
     DTYPE: tl.constexpr,
     GREEDY: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
-    """packed_ptr, packed_t_ptr: int32, two values a word, metadata after N * K / 4 words."""
+    """packed_ptr, packed_t_ptr: int32, two values a word, metadata after Np * K / 4 words; Np is N padded to 64."""
     n = tl.program_id(1) * 64
     k = tl.program_id(0) * 64
-    x = tiles.load(w_ptr, n, k, N, K, stride_wn, stride_wk, False)
+    x = tiles.load(w_ptr, n, k, N, K, stride_wn, stride_wk, BOUNDED)
+    if ACTIVATION == "silu_gate":
+        x = activations.activate(x, tiles.load(gate_ptr, n, k, N, K, stride_gn, stride_gk, BOUNDED), ACTIVATION, DTYPE)
+    elif ACTIVATION != "none":
+        x = activations.activate(x, x, ACTIVATION, DTYPE)
+    if BOUNDED:
+        N = tl.num_programs(1) * 64
     mask = _choose(x, GREEDY)
     if GREEDY:
         x = _zero_unkept(x, mask)
@@ -108,20 +120,42 @@ def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     weight: [N, K] float16, bfloat16 or float32, N and K multiples of 64, any strides, on the current device.
     dtype: float16 or bfloat16, of the packed values; the mask is chosen on `weight` as stored.
     """
-    rows, cols = weight.shape
+    return _launch(weight, None, "none", mask, dtype)
+
+
+def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
+    """Pack S(x) and S(x)^T; `reference_activation.sparsify_input` defines the result.
+
+    input: [M, K] float16 or bfloat16, M > 0, K a multiple of 64, any strides, on the current device. gate: the same, or
+    None if the activation has none.
+    """
+    return _launch(input, gate, activation, mask, input.dtype)
+
+
+def _launch(
+    source: Tensor, gate: Tensor | None, activation: str, mask: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    rows, cols = source.shape
+    blocks = triton.cdiv(rows, 64)
     # Two allocations: a backward that keeps packed_t must not keep packed with it.
-    packed = _empty_strided_cuda((rows * cols * 9 // 32,), (1,), torch.int32)
-    packed_t = _empty_strided_cuda((rows * cols * 9 // 32,), (1,), torch.int32)
-    _sparsify_kernel[cols // 64, rows // 64](
-        weight,
+    packed = _empty_strided_cuda((blocks * cols * 18,), (1,), torch.int32)
+    packed_t = _empty_strided_cuda((blocks * cols * 18,), (1,), torch.int32)
+    gate = source if gate is None else gate
+    _sparsify_kernel[cols // 64, blocks](
+        source,
         packed,
         packed_t,
+        gate,
         rows,
         cols,
-        weight.stride(0),
-        weight.stride(1),
+        source.stride(0),
+        source.stride(1),
+        gate.stride(0),
+        gate.stride(1),
         DTYPE=tiles.TRITON_DTYPE[dtype],
         GREEDY=mask == "greedy",
+        ACTIVATION=activation,
+        BOUNDED=rows % 64 != 0,
         num_warps=_WARPS,
     )
     return packed.view(dtype), packed_t.view(dtype)

@@ -54,9 +54,12 @@ def zero_beside(x):
 @triton.jit
 def magnitudes(pair, DTYPE: tl.constexpr):
     """The two 16-bit numbers of a word, as float32 without their signs."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         low, high = pair << 16, pair & -65536
         return tl.abs(low.to(tl.float32, bitcast=True)), tl.abs(high.to(tl.float32, bitcast=True))
     else:
-        low, high = pair.to(tl.uint32, bitcast=True).to(tl.uint16), (pair.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
+        low, high = (
+            pair.to(tl.uint32, bitcast=True).to(tl.uint16),
+            (pair.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16),
+        )
         return tl.abs(low.to(DTYPE, bitcast=True).to(tl.float32)), tl.abs(high.to(DTYPE, bitcast=True).to(tl.float32))
