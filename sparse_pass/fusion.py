@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .gemms import aten, trace
+from .gemms import aten
 
 # By the names of `reference_activation.ACTIVATIONS`, the most specific first, in every way that people write them.
 _WRITTEN: tuple[tuple[str, Callable[..., torch.Tensor]], ...] = (
@@ -43,10 +43,10 @@ class Activation:
 
 def activation_of(input: Node, readers: frozenset[Node]) -> Activation | None:
     """The function that made the input of a linear, if nothing but ``readers`` reads its result, or views of it."""
-    node, chain = trace(input)
-    if any(view.target not in _VIEWS for view in chain):
-        return None
-    made = {node, *chain}
+    node, made = input, {input}
+    while node.target in _VIEWS and isinstance(node.args[0], Node):
+        node = node.args[0]
+        made.add(node)
     if not all(user in made or user in readers for one in made for user in one.users):
         return None
     dtype = node.meta["val"].dtype

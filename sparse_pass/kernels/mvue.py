@@ -70,7 +70,8 @@ def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
     upper, lower = _larger(a0, a1), _larger(a2, a3)
     rest = (_smaller(a0, a1) + _smaller(a2, a3)) + _smaller(upper, lower)
     h = _smaller(rest, (rest + _larger(upper, lower)) * 0.5)
-    h = _larger(h, 7.174648137343064e-43)  # 2^-140
+    # 2^-140, by its bits: Triton 3.6 takes a denormal constant for a float64.
+    h = _larger(h, tl.full(h.shape, 512, tl.int32).to(tl.float32, bitcast=True))
     e0 = _smaller(a0, h)
     e1 = e0 + _smaller(a1, h)
     e2 = e1 + _smaller(a2, h)
