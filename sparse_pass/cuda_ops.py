@@ -110,6 +110,16 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
         return torch_cslt.compress(_padded_rows(mvue24(grad, seed)).T)
 
 
+def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.ops.sparse_pass.sparsify_mvue_sum` for arguments that are known to be right."""
+    if grad.shape[0] and is_sm90_layout(grad.device, grad.dtype):
+        from .kernels import mvue
+
+        with torch.cuda.device(grad.device):
+            return mvue.sparsify_mvue_sum(grad, seed)
+    return sparsify_mvue(grad, seed), _padded_rows(grad.float()).view(-1, 64, grad.shape[1]).sum(1)
+
+
 def grad_weight(packed: Tensor, input: Tensor, out_features: int, tuned: bool) -> Tensor:
     """`torch.ops.sparse_pass.grad_weight` for arguments that are known to be right."""
     if input.shape[0] == 0:

@@ -55,6 +55,10 @@ class Editor:
             node.meta["val"] = target(*values, **named)
         return node
 
+    def is_after(self, node: Node, other: Node) -> bool:
+        """Whether a node of the captured graph stands after another one."""
+        return self.order.get(node, -1) > self.order[other]
+
     def zero(self, value_like: Node, before: Node, *, like: Node) -> Node:
         """A zero of the dtype and device of ``value_like``."""
         value = value_like.meta["val"]

@@ -2,6 +2,7 @@
 
     mvue24:        dY [M, N] -> MVUE(dY)  [M, N], dense
     sparsify_mvue: dY [M, N] -> MVUE(dY)^T [N, Mp], packed     grad_weight: packed, X [M, K] -> MVUE(dY)^T X  [N, K]
+    sparsify_mvue_sum: the same, and sums of dY over 64 rows each, float32 [Mp / 64, N], for the gradient of a bias
 
 MVUE is `reference_mvue`: two of every four along M, at random, right in expectation; Mp is M rounded up to a multiple
 of 64. The seed, an int64 tensor of one element on grad's device, decides all that is random. As in `ops`, all are
@@ -20,6 +21,7 @@ _LIBRARY = torch.library.Library("sparse_pass", "FRAGMENT")
 for _schema in (
     "mvue24(Tensor grad, Tensor seed) -> Tensor",
     "sparsify_mvue(Tensor grad, Tensor seed) -> Tensor",
+    "sparsify_mvue_sum(Tensor grad, Tensor seed) -> (Tensor, Tensor)",
     "grad_weight(Tensor packed, Tensor input, SymInt out_features, *, bool tuned=False) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -85,6 +87,12 @@ def _sparsify_mvue_fake(grad: Tensor, seed: Tensor) -> Tensor:
     return grad.new_empty(_packed_numel(*grad.shape))
 
 
+@torch.library.register_fake("sparse_pass::sparsify_mvue_sum", lib=_LIBRARY)
+def _sparsify_mvue_sum_fake(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    rows, cols = grad.shape
+    return _sparsify_mvue_fake(grad, seed), grad.new_empty((rows + 63) // 64, cols, dtype=torch.float32)
+
+
 @torch.library.register_fake("sparse_pass::grad_weight", lib=_LIBRARY)
 def _grad_weight_fake(packed: Tensor, input: Tensor, out_features: int, *, tuned: bool = False) -> Tensor:
     _check_grad_weight(packed, input, out_features)
@@ -107,6 +115,13 @@ def _mvue24_cpu(grad: Tensor, seed: Tensor) -> Tensor:
 def _sparsify_mvue_cpu(grad: Tensor, seed: Tensor) -> Tensor:
     _check_sparsify_mvue(grad, seed)
     return reference_mvue.sparsify_mvue(grad, seed)
+
+
+@torch.library.impl(_LIBRARY, "sparsify_mvue_sum", "CPU")
+@forward_only
+def _sparsify_mvue_sum_cpu(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    _check_sparsify_mvue(grad, seed)
+    return reference_mvue.sparsify_mvue_sum(grad, seed)
 
 
 @torch.library.impl(_LIBRARY, "grad_weight", "CPU")
@@ -133,6 +148,13 @@ def _sparsify_mvue_cuda(grad: Tensor, seed: Tensor) -> Tensor:
     return cuda_ops.sparsify_mvue(grad, seed)
 
 
+@torch.library.impl(_LIBRARY, "sparsify_mvue_sum", "CUDA")
+@forward_only
+def _sparsify_mvue_sum_cuda(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    _check_sparsify_mvue(grad, seed)
+    return cuda_ops.sparsify_mvue_sum(grad, seed)
+
+
 @torch.library.impl(_LIBRARY, "grad_weight", "CUDA")
 @forward_only
 def _grad_weight_cuda(packed: Tensor, input: Tensor, out_features: int, *, tuned: bool = False) -> Tensor:
@@ -140,5 +162,5 @@ def _grad_weight_cuda(packed: Tensor, input: Tensor, out_features: int, *, tuned
     return cuda_ops.grad_weight(packed, input, out_features, tuned)
 
 
-for _op in ("mvue24", "sparsify_mvue", "grad_weight"):
+for _op in ("mvue24", "sparsify_mvue", "sparsify_mvue_sum", "grad_weight"):
     _LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")

@@ -8,6 +8,8 @@ Before and after (sparse)::
     packed = sparse_pass.sparsify_mvue(dy, seed)
     dw     = sparse_pass.grad_weight(packed, x, N)
 
+(with the gradient of the bias on the way, if the graph has ``db = sum(dy, [0])``)
+
 and as masked_dense::
 
     seed = randint(0, 2**62, [1])
@@ -18,6 +20,7 @@ Each call of a linear has a seed of its own, of torch's generator of the device.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -52,7 +55,7 @@ def rewrite_grad_weight(edit: Editor, grad_weight: GradWeight, *, sparse: bool, 
     if sparse:
 
         def multiply(grad_output: Node, before: Node) -> Node:
-            packed = edit.call_before(before, sparse_ops.sparsify_mvue.default, (grad_output, seed))
+            packed = _sparsify(edit, grad_output, seed, before)
             other = before.args[1 - place]
             assert isinstance(other, Node)
             input = edit.flipped(other, before) if place == 1 else other
@@ -65,6 +68,26 @@ def rewrite_grad_weight(edit: Editor, grad_weight: GradWeight, *, sparse: bool, 
         kept = edit.call_before(gemm, sparse_ops.mvue24.default, (grad_output, seed))
         gemm.update_arg(place, edit.flipped(kept, gemm) if place == 0 else kept)
         edit.erase_unused(operand)
+
+
+def _sparsify(edit: Editor, grad_output: Node, seed: Node, before: Node) -> Node:
+    """Pack the estimate; where the graph sums grad_output for a bias afterwards, sum it on the way."""
+    sums = [node for node in grad_output.users if _is_bias_gradient(node) and edit.is_after(node, before)]
+    if not sums:
+        return edit.call_before(before, sparse_ops.sparsify_mvue.default, (grad_output, seed))
+    both = edit.call_before(before, sparse_ops.sparsify_mvue_sum.default, (grad_output, seed))
+    for node in sums:
+        partial = edit.call_before(node, operator.getitem, (both, 1))
+        total = edit.call_before(node, aten.sum.dim_IntList, (partial, *node.args[1:]))
+        dtype = node.meta["val"].dtype
+        rounded = edit.call_before(node, torch.ops.prims.convert_element_type.default, (total, dtype))
+        node.replace_all_uses_with(rounded)
+        edit.graph.erase_node(node)
+    return edit.call_before(before, operator.getitem, (both, 0))
+
+
+def _is_bias_gradient(node: Node) -> bool:
+    return node.target is aten.sum.dim_IntList and node.args[1:] in (([0],), ([0], True)) and not node.kwargs
 
 
 def multiply_sparse(edit: Editor, grad_weight: GradWeight, multiply: Callable[[Node, Node], Node]) -> None:

@@ -29,6 +29,7 @@ _REFERENCES = {
     "sparsify": "sparse_pass.reference",
     "linear_into": "sparse_pass.reference",
     "sparsify_mvue": "sparse_pass.reference_mvue",
+    "sparsify_mvue_sum": "sparse_pass.reference_mvue",
     "grad_weight_into": "sparse_pass.reference_mvue",
     "sparsify_input": "sparse_pass.reference_activation",
     "input_linear_into": "sparse_pass.reference_activation",
@@ -94,21 +95,20 @@ def _into(kernel: str, like: Any, size: Sequence[Any], operands: Sequence[Any], 
     return ir.TensorBox.create(_Into(layout=layout, inputs=inputs, kwargs=kwargs, python_kernel_name=kernel))
 
 
-def _making(
-    kernel: str, device: torch.device, dtype: torch.dtype, numels: Sequence[Any], inputs: Any, constants: Any = ()
-) -> Any:
-    """Packed matrices of so many elements each; as a tuple if the kernel gives one."""
+def _packed(device: torch.device, dtype: torch.dtype, numel: Any) -> Any:
+    return ir.FixedLayout(device, dtype, [numel], [1])
+
+
+def _making(kernel: str, layouts: Sequence[Any], inputs: Any, constants: Any = ()) -> Any:
+    """What a kernel makes of these layouts; as a tuple if there are several."""
     all_ = _Making(
-        layout=ir.MultiOutputLayout(device=device),
+        layout=ir.MultiOutputLayout(device=layouts[0].device),
         inputs=inputs,
         constant_args=list(constants),
         python_kernel_name=kernel,
     )
-    places = [[(tuple, place)] for place in range(len(numels))] if len(numels) > 1 else [[]]
-    results = [
-        ir.MultiOutput(ir.FixedLayout(device, dtype, [numel], [1]), all_, place)
-        for numel, place in zip(numels, places, strict=True)
-    ]
+    places = [[(tuple, place)] for place in range(len(layouts))] if len(layouts) > 1 else [[]]
+    results = [ir.MultiOutput(layout, all_, place) for layout, place in zip(layouts, places, strict=True)]
     all_.outputs = results
     boxes = tuple(ir.TensorBox.create(one) for one in results)
     return boxes if len(boxes) > 1 else boxes[0]
@@ -129,7 +129,8 @@ def _lower_sparsify(weight: Any, mask: str, *, dtype: torch.dtype | None = None)
         return _call_op(_sparse_ops.sparsify.default, weight, mask, dtype=dtype)
     n, k = weight.get_size()
     inputs = [_stride1(weight)]
-    return _making(kernel, device, packed_dtype, [n * k * 9 // 16] * 2, inputs, (mask, packed_dtype))
+    layouts = [_packed(device, packed_dtype, n * k * 9 // 16) for _ in range(2)]
+    return _making(kernel, layouts, inputs, (mask, packed_dtype))
 
 
 def _lower_sparsify_mvue(grad: Any, seed: Any) -> Any:
@@ -139,7 +140,18 @@ def _lower_sparsify_mvue(grad: Any, seed: Any) -> Any:
     if kernel is None or not _is_multiple(rows, _TILE_ROWS):
         return _call_op(_sparse_ops.sparsify_mvue.default, grad, seed)
     inputs = [_stride1(grad), ir.ExternKernel.realize_input(seed)]
-    return _making(kernel, device, dtype, [rows * cols * 9 // 16], inputs)
+    return _making(kernel, [_packed(device, dtype, rows * cols * 9 // 16)], inputs)
+
+
+def _lower_sparsify_mvue_sum(grad: Any, seed: Any) -> Any:
+    device, dtype = grad.get_device(), grad.get_dtype()
+    kernel = _kernel("sparsify_mvue_sum", device, dtype)
+    rows, cols = grad.get_size()
+    if kernel is None or not _is_multiple(rows, _TILE_ROWS):
+        return _call_op(_sparse_ops.sparsify_mvue_sum.default, grad, seed)
+    sums = ir.FixedLayout(device, torch.float32, [rows // _TILE_ROWS, cols], [cols, 1])
+    inputs = [_stride1(grad), ir.ExternKernel.realize_input(seed)]
+    return _making(kernel, [_packed(device, dtype, rows * cols * 9 // 16), sums], inputs)
 
 
 def _lower_grad_weight(packed: Any, input: Any, out_features: Any, *, tuned: bool = False) -> Any:
@@ -159,7 +171,7 @@ def _lower_sparsify_input(input: Any, gate: Any, mask: str, activation: str) -> 
     # The gate comes second, or None does.
     inputs = [_stride1(x) for x in (input, gate) if x is not None]
     constants = (mask, activation) if gate is not None else (None, mask, activation)
-    return _making(kernel, device, dtype, [rows * cols * 9 // 16] * 2, inputs, constants)
+    return _making(kernel, [_packed(device, dtype, rows * cols * 9 // 16) for _ in range(2)], inputs, constants)
 
 
 def _lower_input_linear(packed: Any, weight: Any, rows: Any, *, tuned: bool = False) -> Any:
@@ -185,6 +197,7 @@ def register() -> None:
         (_sparse_ops.linear, _lower_linear),
         (_sparse_ops.sparsify, _lower_sparsify),
         (_sparse_ops.sparsify_mvue, _lower_sparsify_mvue),
+        (_sparse_ops.sparsify_mvue_sum, _lower_sparsify_mvue_sum),
         (_sparse_ops.grad_weight, _lower_grad_weight),
         (_sparse_ops.sparsify_input, _lower_sparsify_input),
         (_sparse_ops.input_linear, _lower_input_linear),

@@ -150,6 +150,13 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
     return reference.pack(*_estimate(grad, seed))
 
 
+def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and the sums of grad over 64 rows each: float32 [Mp / 64, N]. Their sum is the gradient of a bias."""
+    rows, cols = grad.shape
+    blocks = torch.nn.functional.pad(grad.float(), (0, 0, 0, padded(rows) - rows)).view(-1, TILE, cols)
+    return sparsify_mvue(grad, seed), blocks.sum(1)
+
+
 def grad_weight(packed: Tensor, input: Tensor, out_features: int) -> Tensor:
     """Multiply: packed [N, Mp] of `sparsify_mvue`, input [M, K] -> [N, K]."""
     rows = input.shape[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import cusparselt, tuner
-from .mvue import sparsify_mvue
+from .mvue import sparsify_mvue, sparsify_mvue_sum
 from .problem import Form
 from .sparsify import sparsify, sparsify_input
 
@@ -17,6 +17,7 @@ __all__ = [
     "sparsify",
     "sparsify_input",
     "sparsify_mvue",
+    "sparsify_mvue_sum",
 ]
 
 

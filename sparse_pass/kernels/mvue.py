@@ -104,10 +104,18 @@ def _element(group, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _column_sum(x, COLUMN: tl.constexpr):
+    """Of each tile."""
+    upper = x[COLUMN].to(tl.float32) + x[COLUMN + 4].to(tl.float32)
+    return upper + (x[COLUMN + 8].to(tl.float32) + x[COLUMN + 12].to(tl.float32))
+
+
+@triton.jit
 def _mvue_kernel(
     grad_ptr,
     seed_ptr,
     out_ptr,
+    sums_ptr,
     M,
     N,
     stride_gm,
@@ -115,8 +123,10 @@ def _mvue_kernel(
     DTYPE: tl.constexpr,
     PACKED: tl.constexpr,
     BOUNDED: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
-    """out_ptr: if PACKED int32, two values a word, metadata after N * Mp / 4 words; else [M, N] of DTYPE."""
+    """out_ptr: if PACKED int32, two values a word, metadata after N * Mp / 4 words; else [M, N] of DTYPE.
+    sums_ptr: if SUMS float32 [Mp / 64, N]."""
     m = tl.program_id(1) * 64
     n = tl.program_id(0) * 64
     x = tiles.load(grad_ptr, m, n, M, N, stride_gm, stride_gn, BOUNDED)
@@ -128,6 +138,12 @@ def _mvue_kernel(
     group1 = _group(x, 1, words4[1], DTYPE)
     group2 = _group(x, 2, words4[2], DTYPE)
     group3 = _group(x, 3, words4[3], DTYPE)
+
+    if SUMS:
+        even = tl.join(_column_sum(x, 0), _column_sum(x, 2))
+        odd = tl.join(_column_sum(x, 1), _column_sum(x, 3))
+        sums = tl.sum(tl.reshape(tl.join(even, odd), [16, 64]), axis=0)
+        tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * N + n + tl.arange(0, 64), sums)
 
     if PACKED:
         values = out_ptr + n.to(tl.int64) * groups + m // 4
@@ -158,8 +174,18 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
     rows, cols = grad.shape
     blocks = triton.cdiv(rows, 64)
     packed: Tensor = _empty_strided_cuda((cols * blocks * 18,), (1,), torch.int32)
-    _launch(grad, seed, packed, True, (cols // 64, blocks), rows % 64 != 0)
+    _launch(grad, seed, packed, None, (cols // 64, blocks), True, rows % 64 != 0)
     return packed.view(grad.dtype)
+
+
+def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and the sums of grad over 64 rows each, float32 [Mp / 64, N]."""
+    rows, cols = grad.shape
+    blocks = triton.cdiv(rows, 64)
+    packed: Tensor = _empty_strided_cuda((cols * blocks * 18,), (1,), torch.int32)
+    sums: Tensor = _empty_strided_cuda((blocks, cols), (cols, 1), torch.float32)
+    _launch(grad, seed, packed, sums, (cols // 64, blocks), True, rows % 64 != 0)
+    return packed.view(grad.dtype), sums
 
 
 def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
@@ -167,19 +193,29 @@ def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
     rows, cols = grad.shape
     estimate: Tensor = _empty_strided_cuda((rows, cols), (cols, 1), grad.dtype)
     grid = triton.cdiv(cols, 64), triton.cdiv(rows, 64)
-    _launch(grad, seed, estimate, False, grid, rows % 64 != 0 or cols % 64 != 0)
+    _launch(grad, seed, estimate, None, grid, False, rows % 64 != 0 or cols % 64 != 0)
     return estimate
 
 
-def _launch(grad: Tensor, seed: Tensor, out: Tensor, packed: bool, grid: tuple[int, int], bounded: bool) -> None:
+def _launch(
+    grad: Tensor,
+    seed: Tensor,
+    out: Tensor,
+    sums: Tensor | None,
+    grid: tuple[int, int],
+    packed: bool,
+    bounded: bool,
+) -> None:
     _mvue_kernel[grid](
         grad,
         seed,
         out,
+        out if sums is None else sums,
         *grad.shape,
         *grad.stride(),
         DTYPE=tiles.TRITON_DTYPE[grad.dtype],
         PACKED=packed,
         BOUNDED=bounded,
+        SUMS=sums is not None,
         num_warps=_WARPS,
     )
