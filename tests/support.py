@@ -20,6 +20,9 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 import sparse_pass as sp
+from sparse_pass import reference as masks
+from sparse_pass import reference_mvue
+from sparse_pass.config import input_scheme, weight_scheme
 
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -292,6 +295,141 @@ def compare(
     for name in dict(model.named_parameters()):
         assert name not in before or torch.equal(after[name], before[name]), f"{name} was changed"
     return worst
+
+
+# 2:4 inputs
+
+
+def mask_by_hand(x: Tensor, mask: str) -> Tensor:
+    """As the docstring says it, not the code under test."""
+    matrix = x.detach().reshape(-1, x.shape[-1])
+    if mask == "rowwise":
+        kept = torch.zeros(matrix.shape, dtype=torch.bool)
+        for row, numbers in enumerate(matrix.abs().tolist()):
+            for start in range(0, len(numbers), 4):
+                group = range(start, start + 4)
+                for place in sorted(group, key=lambda at: (-numbers[at], at))[:2]:
+                    kept[row, place] = True
+    else:
+        rows = matrix.shape[0]
+        padded = torch.zeros(rows + -rows % 4, x.shape[-1], dtype=x.dtype)
+        padded[:rows] = matrix
+        kept = masks.mask24(padded, mask)[:rows]
+    return kept.view(x.shape)
+
+
+def masked_input(x: Tensor, scheme: sp.ActivationSparsity) -> Tensor:
+    kept = torch.where(mask_by_hand(x, scheme.mask), x, torch.zeros_like(x))
+    return kept if scheme.grad_input == "masked" else x + (kept - x).detach()
+
+
+class MaskedProduct(torch.autograd.Function):
+    """Both schemes: S(X) W^T; dY S(W); dY^T S(X), or MVUE(dY^T) X with the seeds that were drawn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, both: Any, drawn: list[Any]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.both, ctx.drawn = both, drawn
+        scheme = input_scheme(both)
+        return torch.where(mask_by_hand(x, scheme.mask), x, 0) @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        on_weight, on_input = weight_scheme(ctx.both), input_scheme(ctx.both)
+        kept, mask = mask_by_hand(x, on_input.mask), sp.mask24(weight, on_weight.mask)
+        grad_input = grad @ torch.where(mask, weight, 0)
+        if on_input.grad_input == "masked":
+            grad_input = torch.where(kept, grad_input, 0)
+        if on_weight.grad_weight == "mvue":
+            seen, seed = ctx.drawn.pop(0)
+            assert relative_error(seen, grad) < TOLERANCE[grad.dtype]
+            grad_weight = reference_mvue.mvue24(seen, seed).T @ x
+        else:
+            grad_weight = grad.T @ torch.where(kept, x, 0)
+        if on_weight.grad_weight == "masked":
+            grad_weight = torch.where(mask, grad_weight, 0)
+        return grad_input, grad_weight + decay_of(weight, on_weight), None, None
+
+
+def hook_inputs(model: nn.Module, config: Mapping[str, Any], drawn: list[Any]) -> nn.Module:
+    """Give the named linears of ``model`` masked inputs, and the masked weights of a tuple; returns ``model``.
+
+    drawn: what the operators of 2:4 gradients were given, grad_output and seed, in order.
+    """
+
+    def masking(scheme: sp.ActivationSparsity) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            autocast = torch.is_autocast_enabled("cpu")
+            return (masked_input(inputs[0].to(torch.get_autocast_dtype("cpu")) if autocast else inputs[0], scheme),)
+
+        return hook
+
+    def product(both: Any) -> Callable[..., Any]:
+        def forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            (x,) = inputs
+            y = MaskedProduct.apply(x.reshape(-1, x.shape[-1]), module.weight, both, drawn)
+            return (y if module.bias is None else y + module.bias).view(output.shape)
+
+        return forward
+
+    for name, scheme in config.items():
+        module = model.get_submodule(name)
+        if isinstance(scheme, tuple):
+            module.register_forward_hook(product(scheme))
+        else:
+            module.register_forward_pre_hook(masking(scheme))
+    return model
+
+
+def compare_inputs(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    *batches: Tensor,
+    inner: str = "aot_eager",
+    kernel: str = "masked_dense",
+    dynamic: bool | str = False,
+    context: Callable[[], Any] = nullcontext,
+    backward: bool = True,
+    sites: int | None = None,
+    copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+    tolerance: float = TOLERANCE[torch.float32],
+) -> sp.Report:
+    """As `compare`, for schemes of inputs: compile with the pass, train a step per batch, all must be the reference's.
+
+    Args:
+        kernel: of every ``output``.
+        copied: makes the model whose linears `hook_inputs` gives masked inputs.
+    """
+    backend = sp.sparse_backend(config, model=model, inner=inner)
+    drawn: list[Any] = []
+    estimate = reference_mvue._estimate
+
+    def record(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        drawn.append((grad.clone(), seed.clone()))
+        return estimate(grad, seed)
+
+    options = {"context": context, "backward": backward}
+    with fresh_compile(), invariants_checked():
+        compiled = torch.compile(model, backend=backend, dynamic=None if dynamic == "batch" else dynamic)
+        for x in batches:
+            with mock.patch.object(reference_mvue, "_estimate", record):
+                actual = run(compiled, dict(model.named_parameters()), [x], mark_dynamic=dynamic == "batch", **options)
+            reference = hook_inputs(copied(model), config, drawn)
+            expected = run(reference, dict(reference.named_parameters()), [x], **options)
+            assert not drawn
+            found = errors(actual, expected)
+            assert max(found.values()) < tolerance, found
+            dense = errors(run(model, dict(model.named_parameters()), [x], **options), expected)
+            if x.numel():
+                assert max(dense[key] for key in dense if key.startswith("output")) > 5 * tolerance
+                if backward:
+                    assert max(dense[key] for key in dense if "gradient" in key) > 5 * tolerance
+    count = len(config) if sites is None else sites
+    assert len(backend.report.sites) == count * (1 if dynamic else len(batches)), str(backend.report)
+    assert {site.output for site in backend.report.sites} == {kernel}, str(backend.report)
+    assert backend.report.unmatched == ()
+    return backend.report
 
 
 # Graphs

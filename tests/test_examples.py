@@ -35,23 +35,35 @@ def test_train_gpt(run: Run, tmp_path: Path) -> None:
     output = run("train_gpt.py", *TINY_GPT.split(), *OP_BY_OP, "--out", str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
 
-    for name in ("dense", "sparse"):
+    for name in ("dense", "w24"):
         losses = results[name]["train_loss"]
         assert len(losses) == 6
         assert all(math.isfinite(loss) for loss in losses)
         assert losses[-1] < losses[0] < 6
         assert results[name]["val_steps"] == [3, 6]
-    trained = results["sparse"]["val_loss"][-1]
+    trained = results["w24"]["val_loss"][-1]
     assert trained != results["dense"]["val_loss"][-1], "the sparse run trained dense"
     # Pruned weights compute what the pass computed; the same weights without masks do not.
-    assert results["after"]["its weights, sp.prune_"] == pytest.approx(trained, rel=1e-5)
-    assert results["after"]["its weights, dense again"] != pytest.approx(trained, rel=1e-5)
+    assert results["after"]["w24"]["its weights, sp.prune_"] == pytest.approx(trained, rel=1e-5)
+    assert results["after"]["w24"]["its weights, dense again"] != pytest.approx(trained, rel=1e-5)
 
     for layer in ("blocks.*.mlp.fc1", "blocks.*.mlp.fc2"):
         assert re.search(rf"1 x {re.escape(layer)} +train +masked_dense +masked_dense +dense", output)
         assert re.search(rf"1 x {re.escape(layer)} +eval +masked_dense +- +-", output)
     assert "not faster" in output
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_train_gpt_with_several_schemes(run: Run, tmp_path: Path) -> None:
+    schemes = ["w24-mvue", "act24", "w24-mvue+act24"]
+    flags = ("--activation", "squared_relu", "--scheme", *schemes, "--out", str(tmp_path))
+    output = run("train_gpt.py", *TINY_GPT.split(), *OP_BY_OP, *flags)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len({results[name]["val_loss"][-1] for name in ("dense", *schemes)}) == 4
+    for name in schemes:
+        assert f"What {name} rewrote" in output
+        assert re.search(rf"{re.escape(name)} run +\d", output)
+    assert list(results["after"]["act24"]) == ["its weights, dense again"]
 
 
 def test_train_gpt_refuses_a_misspelt_layer(run: Run) -> None:
