@@ -1,9 +1,10 @@
-"""Training steps of whole models: forward, backward and AdamW; dense, MLP-only and all linears."""
+"""Training steps of whole models: forward, backward and AdamW; dense, MLP-only, all linears, and those with MVUE."""
 
 from __future__ import annotations
 
 import functools
 import gc
+from typing import TypeAlias
 
 import pandas as pd
 import torch
@@ -12,6 +13,8 @@ from measure import arguments, peak_gib, race, save
 from torch import nn
 
 import sparse_pass as sp
+
+Configs: TypeAlias = "dict[str, dict[str, sp.WeightSparsity]]"
 
 
 class Layer(nn.Module):
@@ -36,33 +39,36 @@ class Layer(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
-def llama_1b() -> tuple[nn.Module, torch.Tensor, dict[str, dict[str, sp.WeightSparsity]]]:
+def _configs(mlp: str, rest: str) -> Configs:
+    w24, mvue = sp.WeightSparsity(), sp.WeightSparsity(grad_weight="mvue")
+    return {"MLP": {mlp: w24}, "all": {mlp: w24, rest: w24}, "all, mvue": {mlp: mvue, rest: mvue}}
+
+
+def llama_1b() -> tuple[nn.Module, torch.Tensor, Configs]:
     """24 layers of dim 2048 and hidden 8192, 8 sequences of 2048."""
     model = nn.Sequential(*(Layer(2048, 8192, 16) for _ in range(24)))
-    mlp = {"re:.*\\.(gate|up|down)": sp.WeightSparsity()}
-    return model, torch.randn(8, 2048, 2048), {"MLP": mlp, "all": {**mlp, "re:.*\\.(qkv|proj)": sp.WeightSparsity()}}
+    return model, torch.randn(8, 2048, 2048), _configs("re:.*\\.(gate|up|down)", "re:.*\\.(qkv|proj)")
 
 
-def vit_l() -> tuple[nn.Module, torch.Tensor, dict[str, dict[str, sp.WeightSparsity]]]:
+def vit_l() -> tuple[nn.Module, torch.Tensor, Configs]:
     """timm's ViT-L/16, batch 128."""
     import timm
 
     model = timm.create_model("vit_large_patch16_224", pretrained=False)
-    mlp = {"blocks.*.mlp.*": sp.WeightSparsity()}
-    every = {**mlp, "blocks.*.attn.*": sp.WeightSparsity()}
-    return model, torch.randn(128, 3, 224, 224), {"MLP": mlp, "all": every}
+    return model, torch.randn(128, 3, 224, 224), _configs("blocks.*.mlp.*", "blocks.*.attn.*")
 
 
 MODELS = {"ViT-L/16": vit_l, "Llama 1B": llama_1b}
 
 
-def measure(name: str, mode: str, seconds: float) -> list[dict[str, object]]:
+def measure(name: str, mode: str, linears: list[str], seconds: float) -> list[dict[str, object]]:
     """One model with one optimizer, stepped dense and sparse."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     torch.manual_seed(0)
     model, x, configs = MODELS[name]()
+    configs = {what: config for what, config in configs.items() if what in linears}
     model, x = model.to("cuda", torch.bfloat16), x.to("cuda", torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     backends = {what: sp.sparse_backend(config, model=model) for what, config in configs.items()}
@@ -103,8 +109,12 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--modes", nargs="+", default=["default", "reduce-overhead"])
+    linears = ["MLP", "all", "all, mvue"]
+    parser.add_argument("--linears", nargs="+", default=linears, choices=linears)
     args = parser.parse_args()
-    rows = [row for name in args.models for mode in args.modes for row in measure(name, mode, args.seconds)]
+    rows = [
+        row for name in args.models for mode in args.modes for row in measure(name, mode, args.linears, args.seconds)
+    ]
     about = "Forward, backward and fused AdamW, bfloat16, compiled; medians of CUDA events, all variants in one run."
     save(pd.DataFrame(rows).round(3), "end_to_end", args.out, about)
 

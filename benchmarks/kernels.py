@@ -14,8 +14,11 @@ import torch
 from measure import arguments, captured, microseconds, save
 from torch import Tensor
 
-from sparse_pass import reference
-from sparse_pass.kernels import compiled, cusparselt, sparsify, torch_cslt, tuner
+from sparse_pass import reference, reference_activation
+from sparse_pass.kernels import compiled, cusparselt, mvue, sparsify, torch_cslt
+from sparse_pass.kernels.cusparselt_library import version
+from sparse_pass.kernels.measure import dense_matmul
+from sparse_pass.kernels.problem import Problem, algorithms
 
 sparse = torch.ops.sparse_pass
 
@@ -31,6 +34,8 @@ GEMMS = [
     (16384, 2048, 8192),
     (16384, 8192, 2048),
 ]
+# (M, K) of an input or a gradient.
+ROWS = [(44160, 4096), (44160, 1024), (16384, 14336), (16384, 4096), (25216, 4096), (25216, 1024)]
 HOST_CALLS = 200
 
 
@@ -101,6 +106,41 @@ def sparsify_table(seconds: float, warps: list[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def rows_table(seconds: float) -> pd.DataFrame:
+    copy_rate = copy_gigabytes(seconds)
+    seed = torch.zeros(1, device="cuda", dtype=torch.int64)
+    rows = []
+    for m, k in ROWS:
+        x, gate = normal(m, k), normal(m, k)
+        # Bytes that must be moved, an element.
+        kernels: dict[str, tuple[float, Callable[[], object]]] = {
+            "MVUE(dY)^T": (3.125, lambda: mvue.sparsify_mvue(x, seed)),  # noqa: B023
+            "MVUE(dY)^T and sums": (3.125, lambda: mvue.sparsify_mvue_sum(x, seed)),  # noqa: B023
+            "MVUE(dY), dense": (4, lambda: mvue.mvue24(x, seed)),  # noqa: B023
+        }
+        for name in reference_activation.ACTIVATIONS:
+            beside = gate if name in reference_activation.GATED else None
+            kernels[f"S(x), {name}"] = (
+                4.25 if beside is None else 6.25,
+                lambda beside=beside, name=name: sparsify.sparsify_input(x, beside, "optimal", name),  # noqa: B023
+            )
+        for name, (moved, kernel) in kernels.items():
+            us = replayed(kernel, seconds, 5)
+            rate = moved * m * k / us / 1e3
+            rows.append(
+                {
+                    "M": m,
+                    "K": k,
+                    "kernel": name,
+                    "us": round(us, 1),
+                    "GB/s": round(rate),
+                    "copy GB/s": round(copy_rate),
+                    "of copy": round(rate / copy_rate, 3),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def host_table() -> pd.DataFrame:
     n = k = 256
     weight, x, bias = normal(n, k), normal(256, k), normal(n)
@@ -124,65 +164,64 @@ def host_table() -> pd.DataFrame:
         return pd.DataFrame([{"call": name, "host us": round(host(step), 1)} for name, step in steps.items()])
 
 
-def algorithms_table(seconds: float, dtype: torch.dtype, algorithms: list[int]) -> pd.DataFrame:
+def problems(m: int, k: int, n: int, dtype: torch.dtype) -> dict[str, Problem]:
+    """The GEMMs of a linear, by what is 2:4 in them."""
+    return {
+        "output, S(W)": Problem(0, dtype, m, n, k, True, "linear"),
+        "grad_input, S(W)": Problem(0, dtype, m, k, n, False, "linear"),
+        "grad_weight, MVUE(dY)": Problem(0, dtype, k, n, -(-m // 64) * 64, False, "grad_weight"),
+        "output, S(X)": Problem(0, dtype, n, -(-m // 64) * 64, k, False, "input"),
+        "grad_weight, S(X)": Problem(0, dtype, n, k, -(-m // 64) * 64, False, "input_grad_weight"),
+    }
+
+
+def algorithms_table(seconds: float, dtype: torch.dtype, every: bool) -> pd.DataFrame:
     rows = []
     for m, k, n in GEMMS:
-        x, weight, bias = normal(m, k, dtype=dtype), normal(n, k, dtype=dtype), normal(n, dtype=dtype)
-        masked = weight * sparsify.mask24(weight, "optimal")
-        packed, packed_t = sparsify.sparsify(weight, "optimal", dtype)
-        grad = normal(m, n, dtype=dtype)
-        for gemm, operand, values, b, features in (
-            ("output", x, packed, bias, n),
-            ("grad_input", grad, packed_t, None, k),
-        ):
-            problem = cusparselt.Problem(x.get_device(), dtype, m, features, operand.shape[1], b is not None)
-            right = masked.T if gemm == "output" else masked
-            row: dict[str, object] = {
-                "M": m,
-                "K": k,
-                "N": n,
-                "GEMM": gemm,
-                "dense": round(replayed(lambda: torch.nn.functional.linear(operand, right.T, b), seconds, 3)),  # noqa: B023
-            }
+        for gemm, problem in problems(m, k, n, dtype).items():
+            kept, dense = normal(problem.n, problem.k, dtype=dtype), normal(*problem.dense_shape, dtype=dtype)
+            bias = normal(problem.n, dtype=dtype) if problem.bias else None
+            packed = sparsify.sparsify(kept, "optimal", dtype)[0]
+            kept.masked_fill_(~sparsify.mask24(kept, "optimal"), 0)
+            dense_us = round(replayed(dense_matmul(problem, kept, dense, bias), seconds, 3))
             times = {}
-            for algorithm in algorithms or range(cusparselt.Plan(problem, 0, b).algorithms):
+            ids = range(cusparselt.Plan(problem, 0, bias).algorithms) if every else ()
+            for algorithm in ids or algorithms(version(), dtype, problem.form):
                 try:
-                    plan = cusparselt.Plan(problem, algorithm, b)
-                    times[algorithm] = round(replayed(lambda: plan(operand, values, b), seconds, 3))  # noqa: B023
+                    plan = cusparselt.Plan(problem, algorithm, bias)
+                    times[algorithm] = round(replayed(lambda: plan(dense, packed, bias), seconds, 3))  # noqa: B023
                 except RuntimeError:
                     continue  # refused for this shape: an empty cell
             best = min(times, key=times.__getitem__)
-            row |= {"best": times[best], "best id": best, "speedup": round(row["dense"] / times[best], 2)}
-            rows.append(row | {f"id {algorithm}": us for algorithm, us in times.items()})
+            row = {"M": m, "K": k, "N": n, "GEMM": gemm, "dense": dense_us, "best": times[best], "best id": best}
+            row["speedup"] = round(dense_us / times[best], 2)
+            rows.append(row | {f"id {algorithm}": us for algorithm, us in sorted(times.items())})
     return pd.DataFrame(rows)
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--warps", type=int, nargs="+", default=[4], help="warps a sparsify program; 4 is the default")
-    parser.add_argument("--only", choices=["sparsify", "host", "algorithms"], help="one table; all three without")
-    # All of 0.8.0 in one process have ended in an illegal instruction: see the tuner.
-    parser.add_argument(
-        "--algorithms", type=int, nargs="*", default=list(tuner.CANDIDATES[0, 8]), help="ids; none: all"
-    )
+    parser.add_argument("--only", choices=["sparsify", "rows", "host", "algorithms"], help="one table; all without")
+    # All of 0.8.0 in one process have ended in an illegal instruction: see `problem`.
+    parser.add_argument("--every-id", action="store_true", help="all algorithm ids, not those of the tuner alone")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.only in (None, "sparsify"):
         about = "S(W) and S(W)^T from W in one kernel; two compress: of the masked weight and its transpose, by torch."
         save(sparsify_table(args.seconds / 5, args.warps), "kernels_sparsify", args.out, about)
+    if args.only in (None, "rows"):
+        about = "Gradients and inputs, bfloat16: one kernel each, against the bandwidth of a copy."
+        save(rows_table(args.seconds / 10), "kernels_rows", args.out, about)
     if args.only in (None, "host"):
         about = "Host time of a call, bfloat16, [256, 256] x [256, 256]^T: launches that the GPU does not wait for."
         save(host_table(), "kernels_host", args.out, about)
     if args.only in (None, "algorithms"):
         for dtype in (torch.bfloat16, torch.float16):
             name = str(dtype).removeprefix("torch.")
-            about = f"GPU microseconds of each cuSPARSELt algorithm id, {name}; output with a bias; dense by torch."
-            save(
-                algorithms_table(args.seconds / 20, dtype, args.algorithms),
-                f"kernels_algorithms_{name}",
-                args.out,
-                about,
-            )
+            about = f"GPU microseconds of each cuSPARSELt algorithm id, {name}; dense by torch, of the same GEMM."
+            table = algorithms_table(args.seconds / 20, dtype, args.every_id)
+            save(table, f"kernels_algorithms_{name}", args.out, about)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Linear, GELU, Linear: forward and backward, compiled dense against the pass, and the route without it.
+"""Linear, activation, Linear: forward and backward, compiled dense against the pass, and the route without it.
 
 The columns ``s24_inp_sparsify24`` and ``s24_inp_clone`` are the bounds of the original work: what a step costs
 that only sparsifies both weights, and one that only clones them.
@@ -8,25 +8,39 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from measure import arguments, microseconds, peak_gib, race, save
 from torch import nn
 
 import sparse_pass as sp
 
+W24, MVUE, ACT24 = sp.WeightSparsity(), sp.WeightSparsity(grad_weight="mvue"), sp.ActivationSparsity()
+VARIANTS = {
+    "w24": {"fc1": W24, "fc2": W24},
+    "w24+mvue": {"fc1": MVUE, "fc2": MVUE},
+    "act24": {"fc2": ACT24},
+    "w24+act24": {"fc1": W24, "fc2": (ACT24, W24)},
+}
 SHAPES = [
     (44160, 1024, 4096),
     (16384, 4096, 14336),
     (16384, 2048, 8192),
     (13008, 1024, 4096),
 ]
-CONFIG = {"fc1": sp.WeightSparsity(), "fc2": sp.WeightSparsity()}
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"gelu": F.gelu, "squared_relu": squared_relu}
 
 
 class MLP(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
+        self.act = ACTIVATIONS[activation]
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,57 +81,78 @@ def _step(run, model: nn.Module, x: torch.Tensor, grad: torch.Tensor):
     return step
 
 
-def measure(rows: int, dim: int, hidden: int, dtype: torch.dtype, mode: str, seconds: float) -> dict[str, object]:
+def measure(
+    shape: tuple[int, int, int], dtype: torch.dtype, mode: str, activation: str, variants: list[str], seconds: float
+) -> list[dict[str, object]]:
     torch._dynamo.reset()
+    torch.cuda.empty_cache()
     torch.manual_seed(0)
-    model = MLP(dim, hidden).to("cuda", dtype)
+    rows, dim, hidden = shape
+    model = MLP(dim, hidden, activation).to("cuda", dtype)
     x = torch.randn(rows, dim, device="cuda", dtype=dtype, requires_grad=True)
     grad = torch.randn(rows, dim, device="cuda", dtype=dtype)
-    backend = sp.sparse_backend(CONFIG, model=model)
-    dense = _step(torch.compile(model, mode=mode), model, x, grad)
-    sparse = _step(torch.compile(model, backend=backend, mode=mode), model, x, grad)
-    weights = (model.fc1.weight.detach(), model.fc2.weight.detach())
-    result = {
-        "M, dim, hidden": f"{rows}, {dim}, {hidden}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "mode": mode,
-    }
-    times = race({"dense": dense, "w24": sparse}, seconds)
+    backends = {name: sp.sparse_backend(VARIANTS[name], model=model) for name in variants}
+    steps = {"dense": _step(torch.compile(model, mode=mode), model, x, grad)}
+    for name, backend in backends.items():
+        steps[name] = _step(torch.compile(model, backend=backend, mode=mode), model, x, grad)
+    times = race(steps, seconds)
     # Twice: the spread shows what a difference is worth.
-    again = race({"dense": dense, "w24": sparse}, seconds)
-    result |= {
-        "dense us": times["dense"],
-        "w24 us": times["w24"],
-        "speedup": times["dense"] / times["w24"],
-        "speedup again": again["dense"] / again["w24"],
+    again = race(steps, seconds)
+    peaks = {name: peak_gib(step) for name, step in steps.items()}
+    weights = (model.fc1.weight.detach(), model.fc2.weight.detach())
+    shared = {
         "naive _cslt us": microseconds(_step(lambda x: _naive(model, x), model, x, grad), seconds / 4),
         "s24_inp_sparsify24 us": microseconds(
             lambda: [torch.ops.sparse_pass.sparsify(w, "optimal") for w in weights], seconds / 4
         ),
         "s24_inp_clone us": microseconds(lambda: [w.clone() for w in weights], seconds / 4),
-        "peak dense GiB": peak_gib(dense),
-        "peak w24 GiB": peak_gib(sparse),
-        "kernels": " ".join(f"{s.fqn}:{s.output}/{s.grad_input}" for s in backend.report.sites),
     }
-    print(result, flush=True)
-    return result
+    found = [
+        {
+            "M, dim, hidden": f"{rows}, {dim}, {hidden}",
+            "dtype": str(dtype).removeprefix("torch."),
+            "mode": mode,
+            "activation": activation,
+            "variant": name,
+            "dense us": times["dense"],
+            "us": times[name],
+            "speedup": times["dense"] / times[name],
+            "speedup again": again["dense"] / again[name],
+            **shared,
+            "peak dense GiB": peaks["dense"],
+            "peak GiB": peaks[name],
+            "kernels": " ".join(
+                f"{s.fqn}:{s.output}/{s.grad_input}/{s.grad_weight}{f' of {s.fused}' if s.fused else ''}"
+                for s in backend.report.sites
+            ),
+        }
+        for name, backend in backends.items()
+    ]
+    print(pd.DataFrame(found).round(3).to_string(index=False), flush=True)
+    return found
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
     parser.add_argument("--modes", nargs="+", default=["default", "reduce-overhead"])
+    parser.add_argument("--activations", nargs="+", default=list(ACTIVATIONS), choices=list(ACTIVATIONS))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--shapes", nargs="+", type=int, default=list(range(len(SHAPES))), help="numbers of SHAPES")
+    parser.add_argument("--name", default="mlp", help="name of the result files")
     args = parser.parse_args()
     rows = [
-        measure(*shape, getattr(torch, dtype), mode, args.seconds)
+        row
         for dtype in args.dtypes
         for mode in args.modes
-        for shape in SHAPES
+        for activation in args.activations
+        for shape in args.shapes
+        for row in measure(SHAPES[shape], getattr(torch, dtype), mode, activation, args.variants, args.seconds)
     ]
-    table = pd.DataFrame(rows).round(3)
-    save(
-        table, "mlp", args.out, "MLP forward and backward, GPU microseconds a step (median), input needs its gradient."
+    about = (
+        "MLP forward and backward, GPU microseconds a step (median), input needs its gradient; act24: the second layer."
     )
+    save(pd.DataFrame(rows).round(3), args.name, args.out, about)
 
 
 if __name__ == "__main__":

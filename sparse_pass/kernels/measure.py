@@ -103,7 +103,7 @@ def _measured(
     return found
 
 
-def _dense_matmul(problem: Problem, kept: Tensor, dense: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
+def dense_matmul(problem: Problem, kept: Tensor, dense: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
     """What a dense layer calls for the same GEMM. kept: A with its zeros."""
     if problem.form == "linear":
         return lambda: torch.nn.functional.linear(dense, kept, bias)
@@ -126,7 +126,7 @@ def _race(problem: Problem, candidates: tuple[int, ...]) -> Timing:
     bias = normal(problem.n) if problem.bias else None
     packed = sparsify.sparsify(kept, "optimal", dtype)[0]
     kept.masked_fill_(~sparsify.mask24(kept, "optimal"), 0)
-    dense_us = _time(_dense_matmul(problem, kept, dense, bias))
+    dense_us = _time(dense_matmul(problem, kept, dense, bias))
     del kept
 
     first = Plan(problem, 0, bias)
