@@ -47,6 +47,16 @@ def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     return kernel.sparsify(weight, mask, dtype)
 
 
+def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """`torch.ops.sparse_pass.sparsify_one` for arguments that are known to be right."""
+    if not is_sm90_layout(weight.device, dtype) or weight.dtype == torch.float64:
+        return sparsify(weight, mask, dtype)[int(transposed)]
+    from .kernels import sparsify as kernel
+
+    with torch.cuda.device(weight.device):
+        return kernel.sparsify_one(weight, mask, transposed, dtype)
+
+
 def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, tuned: bool) -> Tensor:
     """`torch.ops.sparse_pass.linear` for arguments that are known to be right."""
     if input.get_device() != torch.cuda.current_device():

@@ -27,6 +27,7 @@ _sparse_ops = torch.ops.sparse_pass
 _KERNELS = "sparse_pass.kernels.compiled"
 _REFERENCES = {
     "sparsify": "sparse_pass.reference",
+    "sparsify_one": "sparse_pass.reference",
     "linear_into": "sparse_pass.reference",
     "sparsify_mvue": "sparse_pass.reference_mvue",
     "sparsify_mvue_sum": "sparse_pass.reference_mvue",
@@ -133,6 +134,16 @@ def _lower_sparsify(weight: Any, mask: str, *, dtype: torch.dtype | None = None)
     return _making(kernel, layouts, inputs, (mask, packed_dtype))
 
 
+def _lower_sparsify_one(weight: Any, mask: str, transposed: bool, *, dtype: torch.dtype | None = None) -> Any:
+    device, packed_dtype = weight.get_device(), dtype or weight.get_dtype()
+    kernel = _kernel("sparsify_one", device, packed_dtype)
+    if kernel is None or weight.get_dtype() == torch.float64:
+        return _call_op(_sparse_ops.sparsify_one.default, weight, mask, transposed, dtype=dtype)
+    n, k = weight.get_size()
+    layouts = [_packed(device, packed_dtype, n * k * 9 // 16)]
+    return _making(kernel, layouts, [_stride1(weight)], (mask, transposed, packed_dtype))
+
+
 def _lower_sparsify_mvue(grad: Any, seed: Any) -> Any:
     device, dtype = grad.get_device(), grad.get_dtype()
     kernel = _kernel("sparsify_mvue", device, dtype)
@@ -196,6 +207,7 @@ def register() -> None:
     for op, lower in (
         (_sparse_ops.linear, _lower_linear),
         (_sparse_ops.sparsify, _lower_sparsify),
+        (_sparse_ops.sparsify_one, _lower_sparsify_one),
         (_sparse_ops.sparsify_mvue, _lower_sparsify_mvue),
         (_sparse_ops.sparsify_mvue_sum, _lower_sparsify_mvue_sum),
         (_sparse_ops.grad_weight, _lower_grad_weight),

@@ -2,6 +2,7 @@
 
     sparsify: W [N, K] -> S(W) and S(W)^T, packed       linear: X [M, K], packed -> X S(W)^T + b  [M, N]
     mask24:   W [N, K] -> bool [N, K]                   input_mask24: X [..., K] -> bool [..., K]
+    sparsify_one: S(W), or S(W)^T, alone
 
 `grad_ops` has those of 2:4 gradients.
 All are functional and take any strides. They have no derivative: the pass rewrites graphs that already hold their
@@ -24,6 +25,7 @@ PACKED_DTYPES = (torch.float16, torch.bfloat16)
 _LIBRARY = torch.library.Library("sparse_pass", "DEF")
 for _schema in (
     "sparsify(Tensor weight, str mask, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    "sparsify_one(Tensor weight, str mask, bool transposed, *, ScalarType? dtype=None) -> Tensor",
     "linear(Tensor input, Tensor packed, Tensor? bias, SymInt out_features, *, bool tuned=False) -> Tensor",
     "mask24(Tensor weight, str mask) -> Tensor",
     "input_mask24(Tensor input, str mask) -> Tensor",
@@ -163,6 +165,13 @@ def _sparsify_fake(weight: Tensor, mask: str, *, dtype: torch.dtype | None = Non
     return weight.new_empty(numel, dtype=packed_dtype), weight.new_empty(numel, dtype=packed_dtype)
 
 
+@torch.library.register_fake("sparse_pass::sparsify_one", lib=_LIBRARY)
+def _sparsify_one_fake(weight: Tensor, mask: str, transposed: bool, *, dtype: torch.dtype | None = None) -> Tensor:
+    packed_dtype = _check_sparsify(weight, mask, dtype)
+    refuse_to_trace(weight)
+    return weight.new_empty(weight.shape[0] * weight.shape[1] * 9 // 16, dtype=packed_dtype)
+
+
 @torch.library.register_fake("sparse_pass::linear", lib=_LIBRARY)
 def _linear_fake(
     input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, tuned: bool = False
@@ -191,6 +200,12 @@ def _input_mask24_fake(input: Tensor, mask: str) -> Tensor:
 @forward_only
 def _sparsify_cpu(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     return reference.sparsify(weight, mask, _check_sparsify(weight, mask, dtype))
+
+
+@torch.library.impl(_LIBRARY, "sparsify_one", "CPU")
+@forward_only
+def _sparsify_one_cpu(weight: Tensor, mask: str, transposed: bool, *, dtype: torch.dtype | None = None) -> Tensor:
+    return reference.sparsify_one(weight, mask, transposed, _check_sparsify(weight, mask, dtype))
 
 
 @torch.library.impl(_LIBRARY, "linear", "CPU")
@@ -223,6 +238,12 @@ def _sparsify_cuda(weight: Tensor, mask: str, *, dtype: torch.dtype | None = Non
     return cuda_ops.sparsify(weight, mask, _check_sparsify(weight, mask, dtype))
 
 
+@torch.library.impl(_LIBRARY, "sparsify_one", "CUDA")
+@forward_only
+def _sparsify_one_cuda(weight: Tensor, mask: str, transposed: bool, *, dtype: torch.dtype | None = None) -> Tensor:
+    return cuda_ops.sparsify_one(weight, mask, transposed, _check_sparsify(weight, mask, dtype))
+
+
 @torch.library.impl(_LIBRARY, "linear", "CUDA")
 @forward_only
 def _linear_cuda(
@@ -244,7 +265,7 @@ def _input_mask24_cuda(input: Tensor, mask: str) -> Tensor:
     return reference_activation.input_mask24(input, mask, cuda_ops.mask24)
 
 
-for _op in ("sparsify", "linear"):
+for _op in ("sparsify", "sparsify_one", "linear"):
     _LIBRARY.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 _OPS = torch.ops.sparse_pass

@@ -209,6 +209,11 @@ def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     return pack(values, kept), pack(values.T, kept.T)
 
 
+def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """One of the two."""
+    return sparsify(weight, mask, dtype)[int(transposed)]
+
+
 def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """Multiply: input [M, K], packed S(W) [N, K], bias [N] or None -> [M, N]."""
     dense = unpack(packed, out_features, input.shape[1])

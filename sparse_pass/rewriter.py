@@ -20,7 +20,7 @@ Leaving dw alone is the straight-through estimator: the joint graph is past auto
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ from .gemms import Linear, Use, aten
 from .legal import reads_rows
 
 sparse_ops = torch.ops.sparse_pass
+
+_MANY_ROWS = 4096
+"""Times the bytes of a weight's element: two kernels read W twice, 2 M N K operations a GEMM against 2 N K bytes."""
 
 _CASTS = frozenset({aten._to_copy.default, aten.to.dtype, torch.ops.prims.convert_element_type.default})
 
@@ -79,15 +82,15 @@ class Rewriter:
             assert mask is not None
             assert linear.grad_output is not None
             self._decay(weight, mask, scheme.decay, linear.grad_output)
+        apart = self._apart(linear, scheme, sparse)
         for use in sparse:
-            # packed and packed_t are both made at the first forward GEMM.
-            self._packed(weight, scheme, use.operand.meta["val"].dtype, before)
+            self._packed(weight, scheme, use, before, apart)
         for use in masked:
             assert kept is not None
             operand = self._replay(use.chain, weight, kept)
             use.gemm.replace_input_with(use.operand, operand)
         for use in sparse:
-            self._sparse(weight, scheme, use)
+            self._sparse(use, self._packed(weight, scheme, use, before, apart))
 
     def _mask(self, weight: Node, scheme: WeightSparsity, before: Node) -> Node:
         mask = self._edit.once(
@@ -107,23 +110,52 @@ class Rewriter:
         self._made_at.setdefault(masked, self._edit.order[before])
         return masked
 
-    def _packed(self, weight: Node, scheme: WeightSparsity, dtype: torch.dtype, before: Node) -> tuple[Node, Node]:
+    def _apart(self, linear: Linear, scheme: WeightSparsity, sparse: Sequence[Use]) -> bool:
+        """Whether S(W) and S(W)^T are packed where they are read, instead of both at once in the forward.
+
+        So they are where only one is read. Where both are, one kernel for both takes two thirds of the time of two,
+        and keeps S(W)^T from the forward to the backward, 0.56 of the memory of the weight in 16 bits. Two it is if
+        the difference is nothing beside the GEMMs: below about 1 % of their time for so many rows.
+        """
+        if len({reads_rows(use) for use in sparse}) == 1:
+            return True
+        rows, weight = linear.shape[0], linear.weight
+        many = isinstance(rows, int) and rows >= _MANY_ROWS * weight.meta["val"].dtype.itemsize
+        # A weight that is computed would have to be kept itself.
+        return many and scheme.mask == "optimal" and weight.op == "placeholder"
+
+    def _packed(self, weight: Node, scheme: WeightSparsity, use: Use, before: Node, apart: bool) -> Node:
+        """S(W) or S(W)^T, whichever the GEMM reads. before: the first forward GEMM of this call."""
+        dtype, in_rows = use.operand.meta["val"].dtype, reads_rows(use)
         # The mask is chosen on the weight as stored, also where autocast feeds the GEMM a rounded copy.
         cast = {} if weight.meta["val"].dtype == dtype else {"dtype": dtype}
         key = (weight, scheme.mask, dtype)
-        both = self._edit.once(
-            ("sparsify", *key),
-            lambda: self._edit.call_before(before, sparse_ops.sparsify.default, (weight, scheme.mask), cast),
-        )
-        packed = self._edit.once(("packed", *key), lambda: self._edit.call_before(before, operator.getitem, (both, 0)))
-        packed_t = self._edit.once(
-            ("packed_t", *key), lambda: self._edit.call_before(before, operator.getitem, (both, 1))
-        )
-        return packed, packed_t
 
-    def _sparse(self, weight: Node, scheme: WeightSparsity, use: Use) -> None:
+        def both() -> Node:
+            made = self._edit.once(
+                ("sparsify", *key),
+                lambda: self._edit.call_before(before, sparse_ops.sparsify.default, (weight, scheme.mask), cast),
+            )
+            return self._edit.call_before(before, operator.getitem, (made, 0 if in_rows else 1))
+
+        def one() -> Node:
+            # In the backward where it is first read there: tagged, as nothing else keeps it from the forward.
+            args = weight, scheme.mask, not in_rows
+            made = self._edit.call_before(use.gemm, sparse_ops.sparsify_one.default, args, cast)
+            if use.gemm is not before:
+                made.meta["partitioner_tag"] = "must_be_in_backward"
+            self._made_at[made] = self._edit.order[use.gemm]
+            return made
+
+        packed = self._edit.once(("packed", *key, in_rows), one if apart else both)
+        if self._made_at.get(packed, -1) > self._edit.order[use.gemm]:
+            # The backward of a later call comes first.
+            use.gemm.prepend(packed)
+            self._made_at[packed] = self._edit.order[use.gemm]
+        return packed
+
+    def _sparse(self, use: Use, packed: Node) -> None:
         gemm = use.gemm
-        packed, packed_t = self._packed(weight, scheme, use.operand.meta["val"].dtype, gemm)
         if gemm.target is aten.addmm.default:
             bias, input = gemm.args[0], gemm.args[1]
         else:
@@ -136,9 +168,8 @@ class Rewriter:
         if len(sizes) != 2:
             rows = self._edit.call_before(gemm, aten.reshape.default, (input, [-1, sizes[-1]]))
         fused = bias if isinstance(bias, Node) and bias.meta["val"].shape == (out_features,) else None
-        chosen = packed if reads_rows(use) else packed_t
         tuned = {"tuned": True} if self._tuned and gemm.meta["val"].is_cuda else {}
-        result = self._edit.call_before(gemm, sparse_ops.linear.default, (rows, chosen, fused, out_features), tuned)
+        result = self._edit.call_before(gemm, sparse_ops.linear.default, (rows, packed, fused, out_features), tuned)
         self._edit.finish_gemm(gemm, result, bias if fused is None else None, sizes)
 
     def _decay(self, weight: Node, mask: Node, decay: float, grad_output: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from . import cusparselt, tuner
 from .mvue import sparsify_mvue, sparsify_mvue_sum
 from .problem import Form
-from .sparsify import sparsify, sparsify_input
+from .sparsify import sparsify, sparsify_input, sparsify_one
 
 __all__ = [
     "grad_weight_into",
@@ -18,6 +18,7 @@ __all__ = [
     "sparsify_input",
     "sparsify_mvue",
     "sparsify_mvue_sum",
+    "sparsify_one",
 ]
 
 

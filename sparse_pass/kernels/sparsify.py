@@ -62,6 +62,8 @@ def _sparsify_kernel(
     GREEDY: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BOUNDED: tl.constexpr,
+    PACK: tl.constexpr,
+    PACK_T: tl.constexpr,
 ):
     """packed_ptr, packed_t_ptr: int32, two values a word, metadata after Np * K / 4 words; Np is N padded to 64."""
     n = tl.program_id(1) * 64
@@ -81,20 +83,22 @@ def _sparsify_kernel(
     C = tl.arange(0, 16)[None, :]
     metadata = (N.to(tl.int64) * K) // 4
 
-    words, codes = layout.compress(x, mask, 1, 4, DTYPE)
-    values = packed_ptr + n.to(tl.int64) * (K // 4) + k // 4
-    for i in tl.static_range(4):
-        tl.store(values + (4 * R + i) * (K // 4) + C, words[i])
-    layout.store_metadata(packed_ptr + metadata + (n.to(tl.int64) * K + k * 64) // 32, codes)
+    if PACK:
+        words, codes = layout.compress(x, mask, 1, 4, DTYPE)
+        values = packed_ptr + n.to(tl.int64) * (K // 4) + k // 4
+        for i in tl.static_range(4):
+            tl.store(values + (4 * R + i) * (K // 4) + C, words[i])
+        layout.store_metadata(packed_ptr + metadata + (n.to(tl.int64) * K + k * 64) // 32, codes)
 
-    words, codes = layout.compress(x, mask >> 16, 4, 1, DTYPE)
-    values = packed_t_ptr + k.to(tl.int64) * (N // 4) + n // 4
-    # Neighbouring words belong to neighbouring R: transpose, all four at once, so that the stores coalesce.
-    block = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))  # R C j1 j0
-    block = tl.reshape(tl.permute(block, (1, 2, 3, 0)), [64, 16])
-    rows = tl.arange(0, 64)[:, None]
-    tl.store(values + rows * (N // 4) + tl.arange(0, 16)[None, :], block)
-    layout.store_metadata(packed_t_ptr + metadata + (k.to(tl.int64) * N + n * 64) // 32, tl.trans(codes))
+    if PACK_T:
+        words, codes = layout.compress(x, mask >> 16, 4, 1, DTYPE)
+        values = packed_t_ptr + k.to(tl.int64) * (N // 4) + n // 4
+        # Neighbouring words belong to neighbouring R: transpose, all four at once, so that the stores coalesce.
+        block = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))  # R C j1 j0
+        block = tl.reshape(tl.permute(block, (1, 2, 3, 0)), [64, 16])
+        rows = tl.arange(0, 64)[:, None]
+        tl.store(values + rows * (N // 4) + tl.arange(0, 16)[None, :], block)
+        layout.store_metadata(packed_t_ptr + metadata + (k.to(tl.int64) * N + n * 64) // 32, tl.trans(codes))
 
 
 @triton.jit
@@ -120,7 +124,17 @@ def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     weight: [N, K] float16, bfloat16 or float32, N and K multiples of 64, any strides, on the current device.
     dtype: float16 or bfloat16, of the packed values; the mask is chosen on `weight` as stored.
     """
-    return _launch(weight, None, "none", mask, dtype)
+    # Two allocations: a backward that keeps packed_t must not keep packed with it.
+    packed, packed_t = _empty(weight), _empty(weight)
+    _launch(weight, None, "none", mask, dtype, packed, packed_t)
+    return packed.view(dtype), packed_t.view(dtype)
+
+
+def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """Pack S(W), or S(W)^T, alone."""
+    packed = _empty(weight)
+    _launch(weight, None, "none", mask, dtype, *((None, packed) if transposed else (packed, None)))
+    return packed.view(dtype)
 
 
 def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
@@ -129,22 +143,32 @@ def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: st
     input: [M, K] float16 or bfloat16, M > 0, K a multiple of 64, any strides, on the current device. gate: the same, or
     None if the activation has none.
     """
-    return _launch(input, gate, activation, mask, input.dtype)
+    packed, packed_t = _empty(input), _empty(input)
+    _launch(input, gate, activation, mask, input.dtype, packed, packed_t)
+    return packed.view(input.dtype), packed_t.view(input.dtype)
+
+
+def _empty(source: Tensor) -> Tensor:
+    rows, cols = source.shape
+    packed: Tensor = _empty_strided_cuda((triton.cdiv(rows, 64) * cols * 18,), (1,), torch.int32)
+    return packed
 
 
 def _launch(
-    source: Tensor, gate: Tensor | None, activation: str, mask: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    source: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    mask: str,
+    dtype: torch.dtype,
+    packed: Tensor | None,
+    packed_t: Tensor | None,
+) -> None:
     rows, cols = source.shape
-    blocks = triton.cdiv(rows, 64)
-    # Two allocations: a backward that keeps packed_t must not keep packed with it.
-    packed = _empty_strided_cuda((blocks * cols * 18,), (1,), torch.int32)
-    packed_t = _empty_strided_cuda((blocks * cols * 18,), (1,), torch.int32)
     gate = source if gate is None else gate
-    _sparsify_kernel[cols // 64, blocks](
+    _sparsify_kernel[cols // 64, triton.cdiv(rows, 64)](
         source,
-        packed,
-        packed_t,
+        packed_t if packed is None else packed,
+        packed if packed_t is None else packed_t,
         gate,
         rows,
         cols,
@@ -156,9 +180,10 @@ def _launch(
         GREEDY=mask == "greedy",
         ACTIVATION=activation,
         BOUNDED=rows % 64 != 0,
+        PACK=packed is not None,
+        PACK_T=packed_t is not None,
         num_warps=_WARPS,
     )
-    return packed.view(dtype), packed_t.view(dtype)
 
 
 def mask24(weight: Tensor, mask: str) -> Tensor:
