@@ -167,7 +167,7 @@ def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
     pending, seen = [gradient], set()
     while pending:
         node = pending.pop()
-        if node in seen or node.op != "call_function":
+        if node in seen:
             continue
         seen.add(node)
         # In the autograd node of the GEMM the last node has the operand's own layout. The sum of several
@@ -177,7 +177,7 @@ def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
         if same and packet_name(node) != "add":
             return node
         if packet_name(node) in _GRAD_MOVES:
-            pending += [n for n in node.all_input_nodes if n not in seen]
+            pending += node.all_input_nodes
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,7 +99,7 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
         known = parameters.get(root)
         canonical = use.operand is gemm.args[weight_places(gemm)[0][0]]
         if known is not None:
-            names = _names(known, module, in_linear) if known else ()
+            names = _names(known, module, in_linear)
         elif in_linear and module and canonical:
             names = (module,)
         else:
@@ -125,7 +124,7 @@ def _names(parameter_names: tuple[str, ...], module: str, in_linear: bool) -> tu
     owned = [owner for owner in owners if owner == module or owner.endswith("." + module)] if module else []
     if not owned:
         # A function or an object that holds the model puts its own path in front of the module's.
-        owned = sorted((owner for owner in owners if owner and module.endswith("." + owner)), key=len)[-1:]
+        owned = sorted((owner for owner in owners if module.endswith("." + owner)), key=len)[-1:]
     if owned:
         owners = owned
     elif in_linear and module:
@@ -189,7 +188,7 @@ def other_readers(graph: Graph, parameter: Node) -> list[str]:
         for user in node.users:
             if user in backward or user.op != "call_function":
                 continue
-            if is_move(user) or user.target is operator.getitem:
+            if is_move(user):
                 pending.append(user)
             elif not any(word in str(user.target) for word in ("embedding", "invoke_subgraph")):
                 readers.append(str(user.target))
