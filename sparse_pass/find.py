@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
-from .backward import assign_reads, backward_reads, gradient_outputs, tangent_dependent, with_backward
+from .backward import assign_reads, backward_reads, gradient_outputs, tangent_dependent, unwrapped, with_backward
 from .fqn import from_source, normalize
 from .gemms import Linear, Use, aten, is_move, operands, trace, weight_places
 
@@ -166,8 +166,7 @@ def parameter_nodes(graph: Graph, names_by_input: Mapping[int, tuple[str, ...]])
 
 
 def _input_names(descriptor: Any, names_by_input: Mapping[int, tuple[str, ...]]) -> tuple[str, ...] | None:
-    while hasattr(descriptor, "base"):  # an inner tensor of a subclass such as DTensor
-        descriptor = descriptor.base
+    descriptor, _ = unwrapped(descriptor)
     kind = type(descriptor).__name__
     if kind == "PlainAOTInput":
         return names_by_input.get(descriptor.idx)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support import TOLERANCE, OwnLinear, compare, fresh_compile, relative_error, ste_reference
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import sparse_pass as sp
 from sparse_pass.legal import Limits, device_limits
@@ -171,6 +172,40 @@ def test_a_column_that_was_cut_from_a_longer_one() -> None:
     model = By(lambda x, w: (x.sin()[:8] * w.t()).sum(0, keepdim=True), 12, 8)
     (site,) = report_of(model, leaf(16, 1), scheme=sp.ActivationSparsity()).sites
     assert (site.status, site.shape[1:]) == ("masked_dense", (12, 8))
+
+
+@pytest.mark.parametrize("changed", [{"grad_weight": "masked"}, {"decay": 0.5}], ids=str)
+def test_weight_of_a_tensor_subclass(changed: dict[str, Any]) -> None:
+    """As a DTensor is one: each inner tensor has its mask, in the outputs and in the gradient."""
+    model, x = nn.Sequential(nn.Tanh(), nn.Linear(8, 12, bias=False)), torch.randn(5, 8)
+    inner = {name: torch.randn(12, 8) for name in ("a", "b")}
+    model[1].weight = nn.Parameter(TwoTensor(**inner))
+    report = report_of(model, x, "1", sp.WeightSparsity(**changed))
+    assert [(site.fqn, site.output, site.grad_weight) for site in report.sites] == [("1", "masked_dense", "dense")] * 2
+    for name, weight in inner.items():
+        single = nn.Sequential(nn.Tanh(), nn.Linear(8, 12, bias=False))
+        single[1].weight = nn.Parameter(weight)
+        reference = ste_reference(single, {"1": sp.WeightSparsity(**changed)})
+        reference(x).sum().backward()
+        expected = reference[1].parametrizations.weight.original.grad
+        assert relative_error(getattr(model[1].weight.grad, name), expected) < TOLERANCE[torch.float32]
+
+
+def test_weight_that_has_no_gradient_although_it_could() -> None:
+    """Its gradient is an output of the graph, and None."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                y = F.linear(x, self.w)
+            return y + F.linear(x, self.v)
+
+    (site,) = report_of(Two(), torch.randn(4, 8), "w", sp.WeightSparsity(grad_weight="masked")).sites
+    assert (site.status, site.output, site.grad_weight) == ("masked_dense", "masked_dense", None)
 
 
 def test_strict_lets_a_gradient_be_that_need_not_change() -> None:
