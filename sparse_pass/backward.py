@@ -50,7 +50,7 @@ def tangent_dependent(graph: Graph) -> set[Node]:
 
 
 def unwrapped(descriptor: Any) -> tuple[Any, tuple[object, ...]]:
-    """What AOTAutograd says of a tensor. Of an inner one, as of a DTensor: what it says of the whole, and the way in."""
+    """What AOTAutograd says of a tensor; of an inner one, as of a DTensor, that of the whole, and the way in."""
     way = []
     while hasattr(descriptor, "base"):
         way.append(getattr(descriptor, "attr", None))
