@@ -158,7 +158,105 @@ def test_linear_of_a_weight_that_was_transposed(flip: str, flips: int) -> None:
         assert relative_error(module(x), ste_reference(model, {"w": W24})(x)) < TOLERANCE[torch.bfloat16]
 
 
+# Ways to move a weight, and to multiply by it
+
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reshape": lambda w: w.reshape(8, 12).reshape(12, 8),
+    "view": lambda w: w.view(-1).view(12, 8),
+    "_unsafe_view": lambda w: torch.ops.aten._unsafe_view(w, [12, 8]),
+    "flatten and unflatten": lambda w: w.flatten().unflatten(0, (12, 8)),
+    "unsqueeze and squeeze": lambda w: w.unsqueeze(0).squeeze(0),
+    "expand and select": lambda w: w.expand(2, 12, 8)[1],
+    "clone": lambda w: w.clone(),
+    "contiguous": lambda w: w.t().contiguous().t(),
+    "alias": lambda w: torch.ops.aten.alias(w),
+    "detach": lambda w: w.detach(),
+    "lift_fresh_copy": lambda w: torch.ops.aten.lift_fresh_copy(w),
+    "slice": lambda w: w[2:10],
+    "narrow": lambda w: w.narrow(0, 2, 8),
+    "split": lambda w: w.split(8)[0],
+    "split_with_sizes": lambda w: w.split([4, 8])[1],
+    "chunk": lambda w: w.chunk(3)[1],
+    "unbind": lambda w: w.view(3, 4, 8).unbind(0)[1],
+    "to": lambda w: w.to(torch.float64).to(torch.float32),
+    "_to_copy": lambda w: torch.ops.aten._to_copy(w, dtype=torch.float32),
+    "convert_element_type": lambda w: torch.ops.prims.convert_element_type(w, torch.float32),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_moved_weight(move: str) -> None:
+    """As export keeps it: the mask is that of the weight as stored, whatever part of it the matmul reads."""
+    model, x = By(lambda x, w: F.linear(x, MOVES[move](w)), 12, 8), torch.randn(5, 8)
+    with torch.no_grad():
+        module = torch.export.export(model, (x,)).module()
+        (site,) = sp.rewrite(module, {"w": W24}).sites
+        assert site.status == "masked_dense"
+        assert relative_error(module(x), ste_reference(model, {"w": W24})(x)) < TOLERANCE[torch.float32]
+        assert relative_error(module(x), model(x)) > 0.05
+
+
+PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tuple[int, ...], int]] = {
+    "linear": (lambda x, w: F.linear(x, w), (12, 8), (5, 8), 5),
+    "addmm": (lambda x, w: torch.addmm(x.new_ones(12), x, w.t()), (12, 8), (5, 8), 5),
+    "left": (lambda x, w: w @ x, (12, 8), (8, 5), 5),
+    "addmm, left": (lambda x, w: torch.addmm(x.new_ones(5), w, x), (12, 8), (8, 5), 5),
+    "bmm": (lambda x, w: torch.bmm(x, w.t().expand(2, 8, 12)), (12, 8), (2, 5, 8), 10),
+    "bmm, left": (lambda x, w: torch.bmm(w.expand(2, 12, 8), x), (12, 8), (2, 8, 5), 10),
+    "baddbmm": (lambda x, w: torch.baddbmm(x.new_ones(12), x, w.t().expand(2, 8, 12)), (12, 8), (2, 5, 8), 10),
+    "baddbmm, left": (lambda x, w: torch.baddbmm(x.new_ones(5), w.expand(2, 12, 8), x), (12, 8), (2, 8, 5), 10),
+    "mv": (lambda x, w: torch.mv(w, x), (12, 8), (8,), 1),
+    "addmv": (lambda x, w: torch.addmv(x.new_ones(12), w, x), (12, 8), (8,), 1),
+    "product and sum": (lambda x, w: (w * x).sum(1), (12, 8), (8,), 1),
+    "of a row": (lambda x, w: (x.t() * w.t()).sum(0, keepdim=True), (12, 8), (1, 8), 1),
+    "of a batch": (lambda x, w: (x[..., None] * w.t().expand(3, 8, 12)[:, None]).sum(2), (12, 8), (3, 1, 8), 3),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_sizes_in_the_report(product: str) -> None:
+    function, weight, x, m = PRODUCTS[product]
+    (site,) = report_of(By(function, *weight), leaf(*x)).sites
+    assert site.shape == (m, 12, 8)
+
+
 # Others
+
+
+def test_a_linear_by_another_name() -> None:
+    """Known to a pass that sees no parameter names."""
+
+    class Projection(nn.Linear):
+        pass
+
+    one = sp.SparsePass({"0": W24})
+    torch.compile(nn.Sequential(Projection(8, 12)), options={"joint_custom_pre_pass": one})(torch.randn(4, 8))
+    assert [site.fqn for site in one.report.sites] == ["0"]
+
+
+def test_a_call_without_a_gradient_beside_one_that_has_it() -> None:
+    class Monitored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x.sin())
+            with torch.no_grad():
+                norm = (self.fc.weight.t() @ x.t()).norm()
+            return y + 0 * norm
+
+    report = report_of(Monitored(), leaf(4, 8), "fc", sp.WeightSparsity(decay=0.5))
+    assert [(site.grad_input, site.grad_weight) for site in report.sites] == [("masked_dense", "dense"), (None, None)]
+
+
+def test_one_weight_with_two_masks_in_kernels() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).bfloat16()
+    model[2].weight = model[0].weight
+    config = {str(i): sp.WeightSparsity(mask=mask, backend="cusparselt") for i, mask in ((0, "optimal"), (2, "greedy"))}
+    x = torch.randn(5, 64).bfloat16().requires_grad_()
+    compare(model, config, (x,), status="sparse", tolerance=TOLERANCE[torch.bfloat16])
 
 
 def test_a_weight_expanded_to_a_batch_that_changes() -> None:
