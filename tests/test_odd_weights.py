@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_printer import capture
 from support import TOLERANCE, OwnLinear, compare, fresh_compile, relative_error, ste_reference
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import sparse_pass as sp
+from sparse_pass.fqn import parse_config
 from sparse_pass.legal import Limits, device_limits
+from sparse_pass.rewrite_graph import rewrite_graph
 
 W24 = sp.WeightSparsity()
 KERNELS = sp.WeightSparsity(backend="cusparselt")
@@ -197,6 +200,23 @@ def test_moved_weight(move: str) -> None:
         assert relative_error(module(x), model(x)) > 0.05
 
 
+KEEPS = ("clone", "contiguous", "alias", "detach", "to", "_to_copy", "convert_element_type")
+
+
+@pytest.mark.parametrize("move", KEEPS)
+def test_moved_weight_in_kernels(move: str) -> None:
+    """What keeps the elements in their places keeps the kernel."""
+    keeps = {**MOVES, "to": lambda w: w.float().to(torch.bfloat16), "_to_copy": lambda w: w.float().bfloat16()}
+    keeps["convert_element_type"] = lambda w: torch.ops.prims.convert_element_type(w, torch.bfloat16)
+    model = By(lambda x, w: F.linear(x, keeps[move](w)), 128, 64).bfloat16()
+    x = torch.randn(5, 64).bfloat16()
+    with torch.no_grad():
+        module = torch.export.export(model, (x,)).module()
+        (site,) = sp.rewrite(module, {"w": KERNELS}).sites
+        assert (site.status, site.reason) == ("sparse", "")
+        assert relative_error(module(x), ste_reference(model, {"w": W24})(x)) < TOLERANCE[torch.bfloat16]
+
+
 PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tuple[int, ...], int]] = {
     "linear": (lambda x, w: F.linear(x, w), (12, 8), (5, 8), 5),
     "addmm": (lambda x, w: torch.addmm(x.new_ones(12), x, w.t()), (12, 8), (5, 8), 5),
@@ -249,6 +269,35 @@ def test_a_call_without_a_gradient_beside_one_that_has_it() -> None:
 
     report = report_of(Monitored(), leaf(4, 8), "fc", sp.WeightSparsity(decay=0.5))
     assert [(site.grad_input, site.grad_weight) for site in report.sites] == [("masked_dense", "dense"), (None, None)]
+
+
+def test_one_weight_in_two_dtypes_in_kernels() -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        results = []
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                results.append(F.linear(x, w).float())
+        return torch.cat(results)
+
+    x = torch.randn(5, 64, requires_grad=True)
+    compare(By(function, 64, 64), {"w": KERNELS}, (x,), sites=2, status="sparse", tolerance=TOLERANCE[torch.bfloat16])
+
+
+def test_weight_that_is_returned_and_not_read() -> None:
+    backend = sp.sparse_backend({"w": W24}, inner="aot_eager")
+    with pytest.warns(UserWarning, match="'w' named no linear"):
+        torch.compile(By(lambda x, w: (x.sin(), w.t()), 12, 8), backend=backend)(leaf(4, 8))
+    assert (backend.report.sites, backend.report.unmatched) == ((), ("w",))
+
+
+def test_graph_without_module_names() -> None:
+    """No layer can be named, which is said; where there are names it is not."""
+    for forget in (True, False):
+        graph = capture(nn.Sequential(nn.Linear(8, 12)), [torch.randn(4, 8)], {"0": W24}).before
+        for node in graph.graph.nodes if forget else ():
+            node.meta.pop("nn_module_stack", None)
+        notes = " ".join(rewrite_graph(graph.graph, parse_config({"0": W24})).notes)
+        assert ("no matmul of the graph carries a module name" in notes) == forget
 
 
 def test_one_weight_with_two_masks_in_kernels() -> None:
