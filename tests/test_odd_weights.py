@@ -61,6 +61,8 @@ def report_of(model: nn.Module, x: Tensor, name: str = "*", scheme: Any = W24, *
 NO_LINEAR: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tuple[int, ...]]] = {
     "sum of a scaled weight": (lambda x, w: (w * x).sum(1), (12, 8), (1,)),
     "one factor for a column": (lambda x, w: (x * w).sum(0, keepdim=True), (12, 8), (1, 1)),
+    "rows with a factor each": (lambda x, w: (x * w).sum(1), (12, 8), (12, 1)),
+    "rows with a factor each, not summed": (lambda x, w: (x * w).tanh(), (12, 8), (12, 1)),
     "elementwise": (lambda x, w: (x * w).sum(0, keepdim=True), (12, 8), (12, 8)),
     "largest product": (lambda x, w: (w * x).amax(1), (12, 8), (8,)),
     "product that is kept too": (lambda x, w: (p := w * x).sum(1) + p.exp().sum(1), (12, 8), (8,)),
