@@ -285,9 +285,10 @@ def test_one_weight_in_two_dtypes_in_kernels() -> None:
     compare(By(function, 64, 64), {"w": KERNELS}, (x,), sites=2, status="sparse", tolerance=TOLERANCE[torch.bfloat16])
 
 
-def test_weight_that_is_returned_and_not_read() -> None:
+@pytest.mark.parametrize("grad", [True, False])
+def test_weight_that_is_returned_and_not_read(grad: bool) -> None:
     backend = sp.sparse_backend({"w": W24}, inner="aot_eager")
-    with pytest.warns(UserWarning, match="'w' named no linear"):
+    with pytest.warns(UserWarning, match="'w' named no linear"), torch.set_grad_enabled(grad):
         torch.compile(By(lambda x, w: (x.sin(), w.t()), 12, 8), backend=backend)(leaf(4, 8))
     assert (backend.report.sites, backend.report.unmatched) == ((), ("w",))
 
