@@ -414,6 +414,17 @@ def test_two_weights_in_one_module_without_names() -> None:
         torch.compile(nn.Sequential(layer), options=options)(torch.randn(4, 8))
 
 
+def test_weights_that_prune_cannot_write() -> None:
+    """Nothing is written then, to the others neither."""
+    meta = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
+    computed = nn.Sequential(nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    for model, message in ((meta, "'1' is on the meta device: load its data"), (computed, "'1' computes its weight")):
+        before = model[0].weight.detach().clone()
+        with pytest.raises(ValueError, match=message):
+            sp.prune_(model, {"*": W24})
+        assert torch.equal(model[0].weight, before)
+
+
 # What a device can do
 
 
