@@ -49,17 +49,27 @@ def tangent_dependent(graph: Graph) -> set[Node]:
     return found
 
 
+def unwrapped(descriptor: Any) -> tuple[Any, tuple[object, ...]]:
+    """What AOTAutograd says of a tensor; of an inner one, as of a DTensor, that of the whole, and the way in."""
+    way = []
+    while hasattr(descriptor, "base"):
+        way.append(getattr(descriptor, "attr", None))
+        descriptor = descriptor.base
+    return descriptor, tuple(way)
+
+
 def gradient_outputs(graph: Graph) -> dict[Any, int] | None:
-    """Position of each gradient output by the descriptor of its input; None if outputs are not described."""
+    """Position of each gradient output by its input, as `unwrapped` gives it; None if outputs are not described."""
     output = graph.output_node()
     descriptors = output.meta.get("desc")
     values = output.args[0]
     if descriptors is None or not isinstance(values, (list, tuple)):
         return None
+    described = [(value, *unwrapped(descriptor)) for value, descriptor in zip(values, descriptors, strict=False)]
     return {
-        descriptor.grad_of: index
-        for index, (value, descriptor) in enumerate(zip(values, descriptors, strict=False))
-        if isinstance(value, Node) and hasattr(descriptor, "grad_of")
+        (whole.grad_of, way): index
+        for index, (value, whole, way) in enumerate(described)
+        if isinstance(value, Node) and hasattr(whole, "grad_of")
     }
 
 
@@ -85,7 +95,7 @@ def with_backward(
         return replace(
             linear, unplaced=unplaced or "grad_weight: the graph does not describe its outputs; left as captured"
         )
-    index = grad_outputs.get(linear.weight.meta.get("desc"))
+    index = grad_outputs.get(unwrapped(linear.weight.meta.get("desc")))
     if index is None:
         if linear.weight.op == "call_function":
             unplaced = unplaced or "grad_weight: that of a weight which the graph computes; left as captured"
@@ -167,7 +177,7 @@ def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
     pending, seen = [gradient], set()
     while pending:
         node = pending.pop()
-        if node in seen or node.op != "call_function":
+        if node in seen:
             continue
         seen.add(node)
         # In the autograd node of the GEMM the last node has the operand's own layout. The sum of several
@@ -177,7 +187,7 @@ def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
         if same and packet_name(node) != "add":
             return node
         if packet_name(node) in _GRAD_MOVES:
-            pending += [n for n in node.all_input_nodes if n not in seen]
+            pending += node.all_input_nodes
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
-from .backward import assign_reads, backward_reads, gradient_outputs, tangent_dependent, with_backward
+from .backward import assign_reads, backward_reads, gradient_outputs, tangent_dependent, unwrapped, with_backward
 from .fqn import from_source, normalize
 from .gemms import Linear, Use, aten, is_move, operands, trace, weight_places
 
@@ -100,7 +99,7 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
         known = parameters.get(root)
         canonical = use.operand is gemm.args[weight_places(gemm)[0][0]]
         if known is not None:
-            names = _names(known, module, in_linear) if known else ()
+            names = _names(known, module, in_linear)
         elif in_linear and module and canonical:
             names = (module,)
         else:
@@ -125,7 +124,7 @@ def _names(parameter_names: tuple[str, ...], module: str, in_linear: bool) -> tu
     owned = [owner for owner in owners if owner == module or owner.endswith("." + module)] if module else []
     if not owned:
         # A function or an object that holds the model puts its own path in front of the module's.
-        owned = sorted((owner for owner in owners if owner and module.endswith("." + owner)), key=len)[-1:]
+        owned = sorted((owner for owner in owners if module.endswith("." + owner)), key=len)[-1:]
     if owned:
         owners = owned
     elif in_linear and module:
@@ -167,8 +166,7 @@ def parameter_nodes(graph: Graph, names_by_input: Mapping[int, tuple[str, ...]])
 
 
 def _input_names(descriptor: Any, names_by_input: Mapping[int, tuple[str, ...]]) -> tuple[str, ...] | None:
-    while hasattr(descriptor, "base"):  # an inner tensor of a subclass such as DTensor
-        descriptor = descriptor.base
+    descriptor, _ = unwrapped(descriptor)
     kind = type(descriptor).__name__
     if kind == "PlainAOTInput":
         return names_by_input.get(descriptor.idx)
@@ -189,7 +187,7 @@ def other_readers(graph: Graph, parameter: Node) -> list[str]:
         for user in node.users:
             if user in backward or user.op != "call_function":
                 continue
-            if is_move(user) or user.target is operator.getitem:
+            if is_move(user):
                 pending.append(user)
             elif not any(word in str(user.target) for word in ("embedding", "invoke_subgraph")):
                 readers.append(str(user.target))

@@ -35,6 +35,7 @@ MOVES = frozenset(
         "t",
         "transpose",
         "numpy_T",
+        "mT",
         "view",
         "_unsafe_view",
         "reshape",
@@ -62,7 +63,7 @@ MOVES = frozenset(
 )
 
 
-_FLIPS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
+_FLIPS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default, aten.mT.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ def input_of(use: Use) -> Input | None:
     if not isinstance(operand, Node):
         return None
     product = gemm.target is aten.mul.Tensor
-    right = not product and (place > other or gemm.target is aten.linear.default)
+    right = not product and place > other
     if right or operand.meta["val"].dim() == 1:
         return Input(operand, other, (), True)
     # Of a product and a sum, what became a column is the input.
@@ -184,26 +185,16 @@ def operands(gemm: Node) -> Iterator[tuple[Use, Node, Layout]]:
 
 
 def is_move(node: Node) -> bool:
-    return node.op == "call_function" and (node.target is operator.getitem or packet_name(node) in MOVES)
+    return node.target is operator.getitem or packet_name(node) in MOVES
 
 
 def is_flip(node: Node) -> bool:
     """Whether a node transposes a matrix."""
-    if node.target not in _FLIPS:
+    if node.target not in _FLIPS or node.meta["val"].dim() != 2:
         return False
-    dims = node.args[1:]
-    return dims in (
-        (),
-        ([1, 0],),
-        ([-1, 0],),
-        ([-1, -2],),
-        (0, 1),
-        (1, 0),
-        (-1, -2),
-        (-2, -1),
-        (0, -1),
-        (-1, 0),
-    )
+    dims = node.args[1] if node.target is aten.permute.default else node.args[1:]
+    places = [dim % 2 for dim in dims]  # type: ignore[operator,union-attr]
+    return places in ([], [1, 0]) or (places == [0, 1] and node.target is aten.transpose.int)
 
 
 def trace(operand: Node) -> tuple[Node, tuple[Node, ...]]:

@@ -160,7 +160,7 @@ class Rewriter:
             bias, input = gemm.args[0], gemm.args[1]
         else:
             input = gemm.args[0]
-            bias = gemm.args[2] if len(gemm.args) > 2 else gemm.kwargs.get("bias")
+            bias = gemm.args[2] if len(gemm.args) > 2 else None
         assert isinstance(input, Node)
         sizes = input.meta["val"].shape
         out_features = gemm.meta["val"].shape[-1]

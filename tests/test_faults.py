@@ -273,6 +273,25 @@ def test_no_kernel_works(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in reason
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "capturing", "dtype", "reason"),
+    [
+        ((9, 0), "7.0", False, torch.bfloat16, "no 2:4 kernels for ROCm"),
+        ((9, 0), None, False, torch.float32, "no 2:4 kernels for torch.float32; float16 and bfloat16 have them"),
+        ((7, 5), None, False, torch.float16, "SM 7.5 has no 2:4 tensor cores; they begin with SM 8.0"),
+        ((9, 0), None, True, torch.float16, "must be tried before a CUDA graph capture: run the model once first"),
+    ],
+)
+def test_devices_that_are_not_tried(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, capability: Any, hip: Any, capturing: bool, dtype: Any, reason: str
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert reason in probe.availability(DEVICE, dtype)
+    assert probe.availability(torch.device("cpu"), dtype) == "no 2:4 kernels on cpu"
+
+
 @pytest.mark.parametrize("error", [1.1, float("inf")])
 def test_wrong_results_are_no_kernel(hopper: None, monkeypatch: pytest.MonkeyPatch, error: float) -> None:
     monkeypatch.setattr(probe, "_error_of", lambda *_: error)

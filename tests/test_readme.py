@@ -41,7 +41,7 @@ def test_ci_runs_the_test_command() -> None:
     assert install_and_test in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/api.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/api.md", "docs/trust.md"])
 def test_relative_links(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
@@ -53,3 +53,14 @@ def test_api_page_lists_every_public_name() -> None:
     assert sorted(listed) == sorted(sp.__all__)
     for name in sp.__all__:
         assert getattr(sp, name).__doc__, name
+
+
+def test_tests_that_the_page_of_trust_names() -> None:
+    page = (ROOT / "docs" / "trust.md").read_text()
+    known = {file.stem for file in (ROOT / "tests").glob("test_*.py")}
+    known |= {name for one in known for name in re.findall(r"^def (test_\w+)", _source(one), re.MULTILINE)}
+    assert set(re.findall(r"\btest_\w+", page)) <= known
+
+
+def _source(test: str) -> str:
+    return (ROOT / "tests" / f"{test}.py").read_text()

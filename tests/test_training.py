@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from support import TOLERANCE, errors, fresh_compile, relative_error, run, ste_reference, twins
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
@@ -270,15 +272,17 @@ def test_repeated_runs_are_equal() -> None:
     assert all(torch.equal(p, q) for p, q in zip(parameters, others, strict=True))
 
 
-def test_train_eval_and_no_grad_in_turns() -> None:
+def test_train_eval_no_grad_and_inference_in_turns() -> None:
     """One callable, a graph for each mode; BatchNorm's buffers move in training alone."""
     model, x = Net(), torch.randn(6, 8)
     reference = ste_reference(model, CONFIG)
     call = compiled(model)
-    for training, grad in ((True, True), (False, True), (False, False), (True, True), (False, False)):
+    enabled, disabled = torch.enable_grad, torch.no_grad
+    turns = [(True, enabled), (False, enabled), (False, torch.inference_mode), (False, disabled)]
+    for training, mode in [*turns, *turns]:
         model.train(training)
         reference.train(training)
-        with torch.set_grad_enabled(grad):
+        with mode():
             assert relative_error(call(x), reference(x)) < FLOAT32
         assert torch.allclose(model.norm.running_mean, reference.norm.running_mean)
 
@@ -407,3 +411,51 @@ def test_explain_of_a_model_in_training() -> None:
         return losses + steps(call, optimizer, data[2:])
 
     assert train(True) == train(False)
+
+
+# Calls from several threads, and transforms from outside
+
+
+@INNERS
+def test_threads_run_at_once(inner: str) -> None:
+    """One compiled model: each thread gets the outputs and gradients of its own inputs."""
+    model = Net().eval()
+    call, reference = compiled(model, inner), ste_reference(model, CONFIG)
+    inputs = [torch.randn(6, 8, requires_grad=True) for _ in range(4)]
+    call(inputs[0]).sum().backward()
+    inputs[0].grad = None
+    together = threading.Barrier(len(inputs))
+    errors: list[float] = []
+
+    def work(x: Tensor) -> None:
+        expected = torch.autograd.grad(reference(x).square().sum(), x)[0]
+        together.wait()
+        for _ in range(10):
+            y = call(x)
+            gradient = torch.autograd.grad(y.square().sum(), x)[0]
+            errors.append(max(relative_error(y, reference(x)), relative_error(gradient, expected)))
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 40
+    assert max(errors) < FLOAT32
+
+
+OUTSIDE = {
+    "grad": lambda call, x: torch.func.grad(lambda x: call(x).square().sum())(x),
+    "vmap": lambda call, x: torch.func.vmap(call)(x),
+    "jvp": lambda call, x: torch.func.jvp(call, (x,), (x.cos(),)),
+}
+
+
+@pytest.mark.parametrize("transform", OUTSIDE)
+def test_transform_of_a_compiled_model_is_an_error_with_fullgraph(transform: str) -> None:
+    """torch refuses it before any backend is asked; a transform inside the compiled function works (test_shapes.py)."""
+    model, x = Net().eval(), torch.randn(6, 8)
+    call = torch.compile(model, backend=sp.sparse_backend(CONFIG, model=model, inner="aot_eager"), fullgraph=True)
+    with pytest.raises(Unsupported, match=r"Ensure that torch.func.\w+ is also wrapped within a torch.compile"):
+        OUTSIDE[transform](call, x)
+    assert agree(call, model, x)

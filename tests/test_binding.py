@@ -1,0 +1,267 @@
+"""The binding of cuSPARSELt on a library that is not there: results, plans, and what a failing call costs.
+
+Numerics and speed of the real library are tested on GPUs (test_kernels_gpu.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_cusparselt import EXECUTION_FAILED, NOT_SUPPORTED, FakeCusparselt, install
+from support import TOLERANCE, relative_error
+from torch import Tensor
+
+from sparse_pass import cuda_ops, kernels, reference
+from sparse_pass.kernels import cusparselt, cusparselt_library, timings
+from sparse_pass.kernels.timings import Timing
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the library itself is there")
+
+M, K, N = 16, 128, 64
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[FakeCusparselt]:
+    fake = FakeCusparselt()
+    install(monkeypatch, fake)
+    yield fake
+    # Nothing that this library built may outlive it. Log records hold errors, and those what was called.
+    caplog.get_records("call").clear()
+    for plans in (cusparselt._PLANS, getattr(sys.modules.get("sparse_pass.kernels.tuner"), "_CHOSEN", {})):
+        plans.clear()
+    gc.collect()
+    assert fake.alive == {}
+    cusparselt_library._library.cache_clear()
+    cusparselt._handle.cache_clear()
+
+
+class Case:
+    """One product, by the binding and dense."""
+
+    def __init__(self, rows: int = M, *, bias: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.weight = torch.randn(N, K).to(dtype)
+        self.input = torch.randn(rows, K).to(dtype)
+        self.bias = torch.randn(N).to(dtype) if bias else None
+        self.packed = reference.sparsify(self.weight, "optimal", dtype)[0]
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        return self.input, self.packed, self.bias, N
+
+    def is_right(self, output: Tensor) -> bool:
+        expected = reference.linear(*self.operands)
+        return relative_error(output, expected) < TOLERANCE[self.weight.dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_linear(library: FakeCusparselt, bias: bool, dtype: torch.dtype) -> None:
+    case = Case(bias=bias, dtype=dtype)
+    assert case.is_right(cusparselt.linear(*case.operands))
+    output = torch.empty(M, N, dtype=dtype)
+    assert cusparselt.linear(*case.operands, output) is output
+    assert case.is_right(output)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8, 13])
+@pytest.mark.parametrize("tuned", [True, False])
+def test_any_number_of_rows(library: FakeCusparselt, tuner: SimpleNamespace, rows: int, tuned: bool) -> None:
+    """The library takes multiples of 8."""
+    case = Case(rows)
+    assert case.is_right(cuda_ops.linear(*case.operands, tuned))
+
+
+def test_operands_between_two_steps_of_16_bytes(library: FakeCusparselt) -> None:
+    case = Case()
+    for name, tensor in (("input", case.input), ("packed", case.packed), ("bias", case.bias)):
+        shifted = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+        setattr(case, name, shifted)
+    assert case.input.data_ptr() % 16
+    assert case.is_right(cusparselt.linear(*case.operands))
+
+
+def test_one_plan_serves_calls_of_one_shape(library: FakeCusparselt) -> None:
+    """With the bias of each call, not of the first."""
+    for _ in range(3):
+        case = Case()
+        assert case.is_right(cusparselt.linear(*case.operands))
+    assert library.calls["MatmulPlanInit"] == 1
+    assert library.calls["Init"] == 1
+    case = Case(bias=False)
+    assert case.is_right(cusparselt.linear(*case.operands))
+    assert library.calls["MatmulPlanInit"] == 2
+
+
+def test_plans_are_limited_in_number(library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with dynamic shapes; the oldest go, and what the library holds for them."""
+    monkeypatch.setattr(cusparselt, "_PLANS_LIMIT", 2)
+    for rows in (8, 16, 24, 32):
+        case = Case(rows)
+        assert case.is_right(cusparselt.linear(*case.operands))
+    gc.collect()
+    assert len(cusparselt._PLANS) == 2
+    assert library.calls["MatmulPlanDestroy"] == 2
+
+
+# What fails
+
+
+@pytest.mark.parametrize("failing", ["DenseDescriptorInit", "MatmulAlgSelectionInit", "MatmulGetWorkspace"])
+def test_plan_that_cannot_be_built(library: FakeCusparselt, failing: str) -> None:
+    """One sentence with the call, the status and the shapes; nothing stays behind; the next call may succeed."""
+    case = Case()
+    library.statuses[failing] = NOT_SUPPORTED
+    with pytest.raises(RuntimeError) as failure:
+        cusparselt.linear(*case.operands)
+    for part in (f"cusparseLt{failing}", "status 10 (CUSPARSE_STATUS_NOT_SUPPORTED)", f"[{M}, {K}]", f"[{N}, {K}]"):
+        assert part in str(failure.value)
+    del failure
+    gc.collect()
+    assert library.alive == {}
+    library.statuses.clear()
+    assert case.is_right(cusparselt.linear(*case.operands))
+
+
+def test_launch_that_fails(library: FakeCusparselt) -> None:
+    """The plan is not lost: the next call is right."""
+    case = Case()
+    assert case.is_right(cusparselt.linear(*case.operands))
+    library.statuses["Matmul"] = EXECUTION_FAILED
+    other = Case()
+    with pytest.raises(RuntimeError, match=rf"cusparseLtMatmul returned status 6 .* for \[{M}, {K}\] x 2:4"):
+        cusparselt.linear(*other.operands)
+    library.statuses.clear()
+    assert other.is_right(cusparselt.linear(*other.operands))
+    assert case.is_right(cusparselt.linear(*case.operands))
+
+
+def test_out_of_memory_in_the_workspace(library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own error, which says how much was asked for; nothing was launched, and the next call is right."""
+    case = Case()
+    empty = cusparselt._empty_strided_cuda
+
+    def fails(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if dtype == torch.uint8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 bytes")
+        return empty(size, stride, dtype)
+
+    monkeypatch.setattr(cusparselt, "_empty_strided_cuda", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        cusparselt.linear(*case.operands)
+    assert library.calls["Matmul"] == 0
+    monkeypatch.setattr(cusparselt, "_empty_strided_cuda", empty)
+    assert case.is_right(cusparselt.linear(*case.operands))
+
+
+def test_default_algorithm_that_is_refused(library: FakeCusparselt) -> None:
+    """Then the library's own default computes the same."""
+    library.refused = set(range(1, 21))
+    case = Case()
+    assert case.is_right(cusparselt.linear(*case.operands))
+    (plan,) = cusparselt._PLANS.values()
+    assert plan.algorithm == 0
+
+
+@pytest.mark.parametrize("version", [(0, 7, 1), (0, 9, 0)])
+def test_ids_of_another_version_are_not_guessed(library: FakeCusparselt, version: tuple[int, int, int]) -> None:
+    library.version = version
+    case = Case()
+    assert case.is_right(cusparselt.linear(*case.operands))
+    (plan,) = cusparselt._PLANS.values()
+    assert plan.algorithm == 0
+
+
+# The tuner
+
+
+@pytest.fixture
+def tuner(library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """The tuner with a race that answers at once: `winner`, an id or an error; `races`, for how many rows."""
+    if importlib.util.find_spec("triton") is None:
+        monkeypatch.setitem(sys.modules, "sparse_pass.kernels.sparsify", SimpleNamespace())  # not called here
+        monkeypatch.setattr(kernels, "sparsify", SimpleNamespace(), raising=False)
+    from sparse_pass.kernels import tuner
+
+    state = SimpleNamespace(winner=12, races=[])
+
+    def race(problem: cusparselt.Problem) -> Timing:
+        state.races.append(problem.m)
+        if isinstance(state.winner, Exception):
+            raise type(state.winner)(*state.winner.args)
+        return Timing(state.winner, 10.0, 20.0)
+
+    monkeypatch.setattr(tuner, "_race", race)
+    monkeypatch.setattr(tuner, "_CHOSEN", {})
+    monkeypatch.setattr(timings, "_KNOWN", {})
+    monkeypatch.setattr(timings, "path", lambda device: tmp_path / "gpu.json")
+    state.linear = tuner.linear
+    return state
+
+
+def algorithms() -> set[int]:
+    return {plan.algorithm for plan in cusparselt._PLANS.values()}
+
+
+def test_what_was_measured_is_used_and_remembered(tuner: SimpleNamespace) -> None:
+    for _ in range(3):
+        case = Case()
+        assert case.is_right(tuner.linear(*case.operands))
+    assert algorithms() == {12}
+    assert tuner.races == [64]
+    timings._KNOWN.clear()  # as in another process
+    tuner.linear(*Case(rows=64).operands)
+    assert tuner.races == [64]
+
+
+def test_rows_that_change_measure_a_few_times(tuner: SimpleNamespace) -> None:
+    for rows in (8, 56, 64, 72, 96, 104, 128, 136, 200, 256):
+        case = Case(rows)
+        assert case.is_right(tuner.linear(*case.operands))
+    assert tuner.races == [64, 96, 128, 192, 256]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cusparseLtMatmul returned status 6")]
+)
+def test_measurement_that_fails(tuner: SimpleNamespace, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    """Training goes on with the default algorithm, and the log has the reason."""
+    tuner.winner = error
+    case = Case()
+    assert case.is_right(tuner.linear(*case.operands))
+    assert f"could not be measured ({error}): the default algorithm is used" in caplog.text
+
+
+def test_measured_algorithm_that_is_refused(
+    tuner: SimpleNamespace, library: FakeCusparselt, caplog: pytest.LogCaptureFixture
+) -> None:
+    library.refused = {12}
+    case = Case()
+    assert case.is_right(tuner.linear(*case.operands))
+    assert "CUSPARSE_STATUS_NOT_SUPPORTED" in caplog.text
+    assert "the default algorithm is used" in caplog.text
+
+
+def test_library_that_refuses_all(tuner: SimpleNamespace, library: FakeCusparselt) -> None:
+    tuner.winner = RuntimeError("not measured")
+    library.statuses["MatmulPlanInit"] = NOT_SUPPORTED
+    with pytest.raises(RuntimeError, match="cusparseLtMatmulPlanInit returned status 10"):
+        tuner.linear(*Case().operands)
+
+
+def test_id_in_the_cache_that_is_not_tried_here(tuner: SimpleNamespace) -> None:
+    """Of an older file, or edited: it may do anything, so the shape is measured again."""
+    tuner.winner = 19
+    tuner.linear(*Case(rows=64).operands)
+    tuner.winner = 12
+    timings._KNOWN.clear()
+    case = Case(rows=64)
+    sys.modules["sparse_pass.kernels.tuner"]._CHOSEN.clear()
+    assert case.is_right(tuner.linear(*case.operands))
+    assert tuner.races == [64, 64]
