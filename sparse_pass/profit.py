@@ -49,7 +49,7 @@ def why_slower_gradient(grad_weight: GradWeight) -> str | None:
         return _preparation("MVUE(dY)", value, (m, n), value.dtype)
 
     def timing() -> _Times:
-        return _matmul(value, k, n, m + -m % _TILE, False, "grad_weight")
+        return _timing(value, k, n, m + -m % _TILE, False, "grad_weight")
 
     return _verdict([timing], prepare, "a dense estimate of grad_output")
 
@@ -60,9 +60,9 @@ def why_slower_input(linear: Linear, mask: str, *, grad_weight: bool) -> str | N
     _, n, k = linear.shape
     m = value.numel() // n
     rows = m + -m % _TILE
-    gemms = [lambda: _matmul(value, n, rows, k, False, "input")]
+    gemms = [lambda: _timing(value, n, rows, k, False, "input")]
     if grad_weight:
-        gemms.append(lambda: _matmul(value, n, k, rows, False, "input_grad_weight"))
+        gemms.append(lambda: _timing(value, n, k, rows, False, "input_grad_weight"))
 
     def prepare() -> _Times:
         return _preparation("S(X)", value, (m, k), value.dtype, mask)
@@ -105,10 +105,10 @@ def _of_weight(use: Use) -> _Times:
     value = use.gemm.meta["val"]
     n, k = value.shape[-1], use.operand.meta["val"].numel() // value.shape[-1]
     m = value.numel() // n
-    return _matmul(value, m + -m % _ROWS, n, k, use.gemm.target is aten.addmm.default, "linear")
+    return _timing(value, m + -m % _ROWS, n, k, use.gemm.target is aten.addmm.default, "linear")
 
 
-def _matmul(value: torch.Tensor, m: Any, n: Any, k: Any, bias: bool, form: Any) -> _Times:
+def _timing(value: torch.Tensor, m: Any, n: Any, k: Any, bias: bool, form: Any) -> _Times:
     """Of a GEMM whose result is like ``value``, measured now if it is not known."""
     if not value.is_cuda or not all(isinstance(size, int) and size > 0 for size in (m, n, k)):
         return None

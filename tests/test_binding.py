@@ -6,7 +6,6 @@ Numerics and speed of the real library are tested on GPUs (test_kernels_gpu.py).
 from __future__ import annotations
 
 import gc
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,9 @@ from fake_cusparselt import EXECUTION_FAILED, NOT_SUPPORTED, FakeCusparselt, ins
 from support import TOLERANCE, relative_error
 from torch import Tensor
 
-from sparse_pass import cuda_ops, kernels, reference
+from sparse_pass import cuda_ops, reference
 from sparse_pass.kernels import cusparselt, cusparselt_library, timings
+from sparse_pass.kernels.problem import B_TRANSPOSED, D_TRANSPOSED, FORMS, Form, Problem
 from sparse_pass.kernels.timings import Timing
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the library itself is there")
@@ -120,7 +120,7 @@ def test_plan_that_cannot_be_built(library: FakeCusparselt, failing: str) -> Non
     library.statuses[failing] = NOT_SUPPORTED
     with pytest.raises(RuntimeError) as failure:
         cusparselt.linear(*case.operands)
-    for part in (f"cusparseLt{failing}", "status 10 (CUSPARSE_STATUS_NOT_SUPPORTED)", f"[{M}, {K}]", f"[{N}, {K}]"):
+    for part in (f"cusparseLt{failing}", "status 10 (CUSPARSE_STATUS_NOT_SUPPORTED)", f"[{N}, {K}] x [{K}, {M}]"):
         assert part in str(failure.value)
     del failure
     gc.collect()
@@ -135,11 +135,36 @@ def test_launch_that_fails(library: FakeCusparselt) -> None:
     assert case.is_right(cusparselt.linear(*case.operands))
     library.statuses["Matmul"] = EXECUTION_FAILED
     other = Case()
-    with pytest.raises(RuntimeError, match=rf"cusparseLtMatmul returned status 6 .* for \[{M}, {K}\] x 2:4"):
+    with pytest.raises(RuntimeError, match=rf"cusparseLtMatmul returned status 6 .* for linear: 2:4 \[{N}, {K}\]"):
         cusparselt.linear(*other.operands)
     library.statuses.clear()
     assert other.is_right(cusparselt.linear(*other.operands))
     assert case.is_right(cusparselt.linear(*case.operands))
+
+
+def test_bias_that_cannot_be_set(library: FakeCusparselt) -> None:
+    """The next call does not take the bias of the one before."""
+    case, other = Case(), Case()
+    assert case.is_right(cusparselt.linear(*case.operands))
+    library.statuses["MatmulDescSetAttribute"] = EXECUTION_FAILED
+    with pytest.raises(RuntimeError, match="cusparseLtMatmulDescSetAttribute returned status 6"):
+        cusparselt.linear(*other.operands)
+    library.statuses.clear()
+    assert other.is_right(cusparselt.linear(*other.operands))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "linear"])
+def test_products_of_every_form(library: FakeCusparselt, form: Form) -> None:
+    rows, inner, cols = 64, 128, 24
+    kept = torch.randn(rows, inner).bfloat16()
+    packed = reference.sparsify(kept, "optimal", kept.dtype)[0]
+    kept = kept * reference.mask24(kept, "optimal")
+    dense = torch.randn(*((cols, inner) if B_TRANSPOSED[form] else (inner, cols))).bfloat16()
+    expected = kept @ (dense.T if B_TRANSPOSED[form] else dense)
+    expected = expected.T if D_TRANSPOSED[form] else expected
+    output = cusparselt.product(form, dense, packed, rows)
+    assert output.is_contiguous()
+    assert relative_error(output, expected) < TOLERANCE[torch.bfloat16]
 
 
 def test_out_of_memory_in_the_workspace(library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,20 +209,17 @@ def test_ids_of_another_version_are_not_guessed(library: FakeCusparselt, version
 @pytest.fixture
 def tuner(library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """The tuner with a race that answers at once: `winner`, an id or an error; `races`, for how many rows."""
-    if importlib.util.find_spec("triton") is None:
-        monkeypatch.setitem(sys.modules, "sparse_pass.kernels.sparsify", SimpleNamespace())  # not called here
-        monkeypatch.setattr(kernels, "sparsify", SimpleNamespace(), raising=False)
-    from sparse_pass.kernels import tuner
+    from sparse_pass.kernels import measure, tuner
 
     state = SimpleNamespace(winner=12, races=[])
 
-    def race(problem: cusparselt.Problem) -> Timing:
+    def race(problem: Problem, candidates: tuple[int, ...]) -> Timing:
         state.races.append(problem.m)
         if isinstance(state.winner, Exception):
             raise type(state.winner)(*state.winner.args)
         return Timing(state.winner, 10.0, 20.0)
 
-    monkeypatch.setattr(tuner, "_race", race)
+    monkeypatch.setattr(measure, "_race", race)
     monkeypatch.setattr(tuner, "_CHOSEN", {})
     monkeypatch.setattr(timings, "_KNOWN", {})
     monkeypatch.setattr(timings, "path", lambda device: tmp_path / "gpu.json")

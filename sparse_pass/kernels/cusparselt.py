@@ -127,6 +127,8 @@ class Plan:
                 # The plan reads the pointer from its descriptor at each launch; `probe` tries that it does.
                 self._bias.value = bias_address
                 status = self._set_attribute(self._handle, self._descriptor, _BIAS_POINTER, self._bias_address, 8)
+                if status:
+                    self._bias.value = None  # the library has the one before: the next call sets it again
                 check(status, "MatmulDescSetAttribute", problem)
             status = self._matmul(
                 self._handle,

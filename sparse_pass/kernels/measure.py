@@ -1,5 +1,7 @@
 """Time the library's algorithms and the dense matmul on a real shape, and what the operands cost to make.
 
+Triton is imported where it is needed: it comes with torch for GPUs only.
+
 The ids of cuSPARSELt's algorithms mean other kernels in another version, and the best one differs by shape,
 so nothing is assumed: each is timed, and the winner must agree with algorithm 0 and with itself.
 """
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import mvue, sparsify, timings
+from . import timings
 from .cusparselt import Plan
 from .cusparselt_library import version
 from .problem import Problem, algorithms
@@ -66,6 +68,8 @@ def preparation_of(
         return found
 
     def race() -> Timing:
+        from . import mvue, sparsify
+
         random = torch.Generator("cuda").manual_seed(0)
         dense = torch.randn(*shape, device="cuda", dtype=stored, generator=random)
         zero, seed = dense.new_zeros(()), torch.zeros(1, device="cuda", dtype=torch.int64)
@@ -116,6 +120,8 @@ def dense_matmul(problem: Problem, kept: Tensor, dense: Tensor, bias: Tensor | N
 
 
 def _race(problem: Problem, candidates: tuple[int, ...]) -> Timing:
+    from . import sparsify
+
     dtype = problem.dtype
     random = torch.Generator("cuda").manual_seed(0)  # the user's random state stays as it is
 
