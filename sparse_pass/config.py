@@ -82,8 +82,9 @@ class ActivationSparsity:
 
     S keeps 2 of every 4 numbers of the input, which suits inputs that are mostly zeros, such as after a squared
     ReLU. The mask is chosen on what the matmul reads, that is after any autocast. Leading dims are flattened into
-    M; a last tile of fewer than four rows is filled with zeros. K must be a multiple of 4. There are no sparse
-    kernels for it yet: it is computed with dense matmuls of the masked input.
+    M; a last tile of fewer than four rows is filled with zeros. K must be a multiple of 4; the sparse kernels need a
+    multiple of 64, N of 16, and 16 bits. Where a squared ReLU, a GELU or a SiLU times a gate makes the input, and
+    nothing else reads its result, the kernel computes it too, in float32 and rounded once (``Site.fused``).
 
     In a tuple with a :class:`WeightSparsity`, one operand of each matmul is sparse: in ``output`` and
     ``grad_weight`` the input, in ``grad_input`` the weight. With ``grad_weight="mvue"`` that of ``grad_weight``
@@ -97,13 +98,13 @@ class ActivationSparsity:
     """``"optimal"`` and ``"greedy"``: 2 of 4 along rows and along columns, by tiles of 4x4 as for weights; what
     is kept of a row depends on the other rows of its tile, so not for a model that must not look at later tokens.
     ``"rowwise"``: the 2 largest of every 4 features of a row, whatever the other rows are; not 2:4 along M, over
-    which ``grad_weight`` contracts, so that its matmul can never be a sparse one."""
+    which ``grad_weight`` contracts, so that its matmul can never be a sparse one: always masked_dense."""
 
     grad_input: GradInput = "dense"
     """``"dense"``: straight-through. ``"masked"``: the gradient of masked-out inputs is zero."""
 
     backend: Backend = "auto"
-    """As of :class:`WeightSparsity`; there are no sparse kernels for inputs yet, so that all mean the same."""
+    """As of :class:`WeightSparsity`."""
 
     def __post_init__(self) -> None:
         _check_choices(self, _INPUT_CHOICES)

@@ -369,12 +369,12 @@ def test_conv1d_sparse() -> None:
 sin = aten.sin(primals_1)
 view = aten.view(sin)  # c_fc
 sparsify = sparse_pass.sparsify(primals_2, 'optimal')  # c_fc
-getitem = sparsify[0]  # c_fc
-getitem_1 = sparsify[1]  # c_fc
-linear = sparse_pass.linear(view, getitem_1, primals_3, 128)  # c_fc
+getitem = sparsify[1]  # c_fc
+getitem_1 = sparsify[0]  # c_fc
+linear = sparse_pass.linear(view, getitem, primals_3, 128)  # c_fc
 view_1 = aten.view(linear)  # c_fc
 view_2 = aten.view(tangents_1)  # c_fc, backward
-linear_1 = sparse_pass.linear(view_2, getitem, None, 64)  # c_fc, backward
+linear_1 = sparse_pass.linear(view_2, getitem_1, None, 64)  # c_fc, backward
 permute = aten.permute(view, [1, 0])  # c_fc, backward
 mm = aten.mm(permute, view_2)  # c_fc, backward
 sum = aten.sum(view_2, [0], True)  # c_fc, backward
@@ -410,9 +410,8 @@ def test_inference_sparse() -> None:
             """\
 sin = aten.sin(arg0_1)
 view = aten.view(sin)  # up
-sparsify = sparse_pass.sparsify(arg1_1, 'optimal')  # up
-getitem = sparsify[0]  # up
-linear = sparse_pass.linear(view, getitem, arg2_1, 128)  # up
+sparsify_one = sparse_pass.sparsify_one(arg1_1, 'optimal', False)  # up
+linear = sparse_pass.linear(view, sparsify_one, arg2_1, 128)  # up
 view_1 = aten.view(linear)  # up
 return view_1""",
         )
@@ -598,10 +597,9 @@ def test_export_sparse() -> None:
         printed(module.graph),
         """\
 sin = aten.sin(x)
-sparsify = sparse_pass.sparsify(up_weight, 'optimal')  # up
-getitem = sparsify[0]  # up
+sparsify_one = sparse_pass.sparsify_one(up_weight, 'optimal', False)  # up
 reshape = aten.reshape(sin)  # up
-linear = sparse_pass.linear(reshape, getitem, up_bias, 128)  # up
+linear = sparse_pass.linear(reshape, sparsify_one, up_bias, 128)  # up
 reshape_1 = aten.reshape(linear)  # up
 return reshape_1""",
     )
