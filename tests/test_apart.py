@@ -11,7 +11,7 @@ from torch._inductor.utils import run_and_get_code
 import sparse_pass as sp
 
 KERNELS = sp.WeightSparsity(backend="cusparselt")
-MANY = 8192
+MANY = 16384
 sparse = torch.ops.sparse_pass
 
 
