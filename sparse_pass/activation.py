@@ -109,7 +109,8 @@ def rewrite_input_sparse(
     name = "none" if activation is None else activation.name
 
     def rows_of(tensor: Node) -> Node:
-        if len(tensor.meta["val"].shape) == 2:
+        shape = tensor.meta["val"].shape
+        if len(shape) == 2 and shape[1] == sizes[-1]:  # an activation may be viewed with other features
             return tensor
         return edit.call_before(gemm, aten.reshape.default, (tensor, [-1, sizes[-1]]))
 
@@ -133,6 +134,7 @@ def rewrite_input_sparse(
         weight = edit.flipped(weight, gemm)
     result = edit.call_before(gemm, sparse_ops.input_linear.default, (packed, weight, count), kwargs)
     edit.finish_gemm(gemm, result, _bias(gemm), sizes)
+    edit.erase_unused(linear.output.operand)
     if grad_weight:
         assert linear.grad_weight is not None
         packed_t = edit.once((*key, 1), lambda: edit.call_before(both.next, operator.getitem, (both, 1), like=both))

@@ -103,5 +103,5 @@ def multiply_sparse(edit: Editor, grad_weight: GradWeight, multiply: Callable[[N
         result = edit.call_before(gemm, aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
     gemm.replace_all_uses_with(result)
     edit.graph.erase_node(gemm)
-    edit.erase_unused(operand)
-    edit.erase_unused(other)
+    edit.erase_dead(operand)
+    edit.erase_dead(other)

@@ -51,8 +51,13 @@ def _packed_numel(rows: int, cols: int) -> int:
     return (rows + 63) // 64 * cols * 36
 
 
+def _features(weight: Tensor) -> int:
+    return weight.shape[1] if weight.dim() == 2 else 0
+
+
 def _check_product(packed: Tensor, dense: Tensor, rows: int, cols: int, what: str) -> None:
-    if dense.dim() != 2 or packed.dim() != 1 or packed.numel() != _packed_numel(rows, cols):
+    fits = dense.dim() == 2 and packed.dim() == 1 and cols % 64 == 0
+    if not fits or packed.numel() != _packed_numel(rows, cols):
         raise ValueError(
             f"packed {list(packed.shape)} and {what} {list(dense.shape)} do not fit [M, K] of {[rows, cols]}: packed "
             "must be what sparsify_input returns for an input of this shape"
@@ -76,7 +81,7 @@ def _sparsify_input_fake(input: Tensor, gate: Tensor | None, mask: str, activati
 
 @torch.library.register_fake("sparse_pass::input_linear", lib=_LIBRARY)
 def _input_linear_fake(packed: Tensor, weight: Tensor, rows: int, *, tuned: bool = False) -> Tensor:
-    _check_product(packed, weight, rows, weight.shape[-1], "weight")
+    _check_product(packed, weight, rows, _features(weight), "weight")
     refuse_to_trace(weight)
     return weight.new_empty(rows, weight.shape[0])
 
@@ -101,7 +106,7 @@ def _sparsify_input_cpu(input: Tensor, gate: Tensor | None, mask: str, activatio
 @torch.library.impl(_LIBRARY, "input_linear", "CPU")
 @forward_only
 def _input_linear_cpu(packed: Tensor, weight: Tensor, rows: int, *, tuned: bool = False) -> Tensor:
-    _check_product(packed, weight, rows, weight.shape[-1], "weight")
+    _check_product(packed, weight, rows, _features(weight), "weight")
     return reference_activation.input_linear(packed, weight, rows)
 
 
@@ -125,7 +130,7 @@ def _sparsify_input_cuda(input: Tensor, gate: Tensor | None, mask: str, activati
 @torch.library.impl(_LIBRARY, "input_linear", "CUDA")
 @forward_only
 def _input_linear_cuda(packed: Tensor, weight: Tensor, rows: int, *, tuned: bool = False) -> Tensor:
-    _check_product(packed, weight, rows, weight.shape[-1], "weight")
+    _check_product(packed, weight, rows, _features(weight), "weight")
     return cuda_ops.input_linear(packed, weight, rows, tuned)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
@@ -162,8 +163,7 @@ def run(
         differentiable = [output for output in outputs if output.requires_grad]
         generator = torch.Generator().manual_seed(0)
         cotangents = [
-            torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output.dtype)
-            for output in differentiable
+            torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output) for output in differentiable
         ]
         torch.autograd.backward(differentiable, cotangents)
         leaves = {f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor)}
@@ -432,6 +432,68 @@ def compare_inputs(
     return backend.report
 
 
+# 2:4 gradients
+
+
+def probabilities(group: list[float]) -> np.ndarray:
+    """min(1, c a_i) with the c that makes them sum to two, by bisection; for groups of three or four nonzeros."""
+    magnitude = np.abs(np.array(group, dtype=np.float64))
+    low, high = 0.0, 2 / np.sort(magnitude[magnitude > 0])[0]
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.minimum(1, middle * magnitude).sum() < 2 else (low, middle)
+    return np.minimum(1, high * magnitude)
+
+
+def closed_form(grad: Tensor) -> Tensor:
+    """Variance of each element [M, N]."""
+    rows, cols = grad.shape
+    padded = torch.nn.functional.pad(grad.T, (0, -rows % 4)).reshape(-1, 4)
+    variance = np.zeros(padded.shape)
+    for place, group in enumerate(padded.tolist()):
+        if np.count_nonzero(group) > 2:
+            p = probabilities(group)
+            magnitude = np.abs(group)
+            variance[place] = np.where(magnitude > 0, magnitude**2 * (1 / np.maximum(p, 1e-300) - 1), 0)
+    return torch.from_numpy(variance).reshape(cols, -1)[:, :rows].T
+
+
+def assert_unbiased(draws: Tensor, grad: Tensor) -> None:
+    """Of float64 draws [number, M, N] of a grad [M, N]: the mean and the variance, within their standard errors."""
+    exact = grad.double()
+    variance = closed_form(exact)
+    rounding = 0 if grad.dtype.itemsize > 2 else torch.finfo(grad.dtype).eps / 2
+    # Up to half a unit of a kept value, whose probability makes it one of the dense value.
+    deviation = (draws.mean(0) - exact).abs() - rounding * exact.abs()
+    assert (deviation <= 4 * (variance / len(draws)).sqrt() + 1e-6 * exact.abs()).all()
+    # A kept value is v or nothing: the sample variance has a standard error of its own.
+    measured, fourth = draws.var(0), ((draws - draws.mean(0)) ** 4).mean(0)
+    error = ((fourth - measured**2).clamp(min=0) / len(draws)).sqrt()
+    assert ((measured - variance).abs() <= 5 * error + (1e-5 + 8 * rounding) * variance + 1e-12).all()
+    assert variance.max() > 0.1
+
+
+# Packed matrices
+
+
+def bits(values: Tensor) -> Tensor:
+    """16-bit values as integers, all NaN alike: a conversion may choose their payload."""
+    return torch.where(values.isnan(), 0x7FFF, values.view(torch.int16))
+
+
+def split_packed(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Values, and bytes of metadata."""
+    half = packed.numel() // 9 * 8
+    return packed[:half], packed[half:].view(torch.uint8)
+
+
+def assert_same_packed(actual: Tensor, expected: Tensor, about: object) -> None:
+    """Bit for bit, but for the payload of a NaN."""
+    (values, metadata), (their_values, their_metadata) = split_packed(actual), split_packed(expected)
+    for name, wrong in (("values", bits(values) != bits(their_values)), ("metadata", metadata != their_metadata)):
+        assert not wrong.any(), f"{about}: {int(wrong.sum())} of {wrong.numel()} {name} differ"
+
+
 # Graphs
 
 
@@ -516,7 +578,10 @@ def _is_dead(node: Node) -> bool:
 
 def _tags(node: Node) -> dict[str, Any]:
     own = {"val", "tensor_meta", "eager_input_vals", "desc"}
-    return {key: value for key, value in node.meta.items() if key not in own}
+    tags = {key: value for key, value in node.meta.items() if key not in own}
+    if tags.get("partitioner_tag") == "must_be_in_backward":  # said of a new node, that it may not move
+        tags["partitioner_tag"] = "is_backward"
+    return tags
 
 
 def _value(leaf: Any) -> Any:

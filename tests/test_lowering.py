@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,31 +21,52 @@ from torch._inductor.utils import run_and_get_code
 import sparse_pass as sp
 
 KERNELS = sp.WeightSparsity(backend="cusparselt")
+MVUE = replace(KERNELS, grad_weight="mvue")
+ACT = sp.ActivationSparsity(backend="cusparselt")
 BFLOAT16 = 2e-2
 
 
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Linear(64, 128)
-        self.down = nn.Linear(128, 64, bias=False)
+        self.up = nn.Linear(64, 128, bias=False)
+        self.down = nn.Linear(128, 64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.relu(self.up(x)))
+        return self.down(torch.sin(self.up(x)))
 
 
-def calls(model: nn.Module, x: torch.Tensor, **how: object) -> tuple[int, int, int, int]:
-    """Train one step right, and count in forward and backward code: direct linears and sparsifies, those by the op."""
-    config = {"up": KERNELS, "down": KERNELS}
-    reference = ste_reference(model, config)
-    with fresh_compile():
+class Gated(Mlp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        return self.down(torch.nn.functional.silu(h) * h.flip(-1))
+
+
+BOTH = {"up": KERNELS, "down": KERNELS}
+DIRECT = {"sparsify": 2, "linear_into": 4}
+Calls = tuple[dict[str, int], dict[str, int]]
+
+
+def calls(model: nn.Module, x: torch.Tensor, config: Mapping[str, Any] = BOTH, **how: Any) -> Calls:
+    """Train one step right. What forward and backward code call directly, and what by the op, with how often."""
+    parameters = dict(model.named_parameters())
+    # The random numbers of eager torch.
+    with fresh_compile(), torch._inductor.config.patch(fallback_random=True):
+        torch.manual_seed(1)
         compiled = torch.compile(model, backend=sp.sparse_backend(config), **how)
-        actual, code = run_and_get_code(lambda: run(compiled, dict(model.named_parameters()), [x]))
-    found = errors(actual, run(reference, twins(model, reference), [x]))
+        actual, code = run_and_get_code(lambda: run(compiled, parameters, [x]))
+    if config is BOTH:
+        reference = ste_reference(model, config)
+        expected = run(reference, twins(model, reference), [x])
+    else:
+        dense = {name: replace(scheme, backend="masked_dense") for name, scheme in config.items()}
+        torch.manual_seed(1)
+        expected = run(torch.compile(model, backend=sp.sparse_backend(dense, inner="aot_eager")), parameters, [x])
+    found = errors(actual, expected)
     assert max(found.values()) < BFLOAT16, found
     text = "\n".join(code)
-    linear, sparsify = (text.count(f"ops.sparse_pass.{name}.default(") for name in ("linear", "sparsify"))
-    return text.count("reference.linear_into("), text.count("reference.sparsify("), linear, sparsify
+    direct, by_op = r"sparse_pass\.reference\w*\.(\w+)\(", r"ops\.sparse_pass\.(\w+)\.default\("
+    return dict(Counter(re.findall(direct, text))), dict(Counter(re.findall(by_op, text)))
 
 
 @pytest.fixture
@@ -55,28 +81,61 @@ def leaf(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(16, 64), (2, 8, 64)], ids=str)
 def test_direct_calls(model: nn.Module, shape: tuple[int, ...]) -> None:
-    assert calls(model, leaf(*shape)) == (4, 2, 0, 0)
+    assert calls(model, leaf(*shape)) == (DIRECT, {})
 
 
 def test_rows_that_must_be_padded_go_through_the_op(model: nn.Module) -> None:
-    assert calls(model, leaf(12, 64)) == (0, 2, 4, 0)
+    assert calls(model, leaf(12, 64)) == ({"sparsify": 2}, {"linear": 4})
 
 
 def test_rows_of_unknown_number_go_through_the_op(model: nn.Module) -> None:
-    assert calls(model, leaf(16, 64), dynamic=True) == (0, 2, 4, 0)
+    assert calls(model, leaf(16, 64), dynamic=True) == ({"sparsify": 2}, {"linear": 4})
 
 
 def test_rows_known_to_be_a_multiple(model: nn.Module) -> None:
     """A dynamic batch of sequences of 8: M = 8 * s0."""
     x = leaf(3, 8, 64)
     torch._dynamo.mark_dynamic(x, 0)
-    assert calls(model, x) == (4, 2, 0, 0)
+    assert calls(model, x) == (DIRECT, {})
 
 
 def test_operands_in_any_strides(model: nn.Module) -> None:
     """The kernels want their rows contiguous; a transposed weight is read as it lies."""
     model.up.weight = nn.Parameter(model.up.weight.detach().t().contiguous().t())
-    assert calls(model, leaf(16, 128).detach()[:, ::2].requires_grad_()) == (4, 2, 0, 0)
+    assert calls(model, leaf(16, 128).detach()[:, ::2].requires_grad_()) == (DIRECT, {})
+
+
+INPUT_AND_GRADIENT = {"up": ACT, "down": MVUE}
+INPUT_CALLS = {"sparsify_input": 1, "input_linear_into": 1, "input_grad_weight_into": 1}
+GRADIENT_CALLS = {"sparsify": 1, "linear_into": 2, "grad_weight_into": 1}
+
+
+def test_direct_calls_for_inputs_and_gradients(model: nn.Module) -> None:
+    found = calls(model, leaf(2, 32, 64), INPUT_AND_GRADIENT)
+    assert found == ({**INPUT_CALLS, **GRADIENT_CALLS, "sparsify_mvue_sum": 1}, {})
+    model.down.bias = None  # whose gradient is the sum
+    assert calls(model, leaf(2, 32, 64), {"down": MVUE}) == ({**GRADIENT_CALLS, "sparsify_mvue": 1}, {})
+
+
+def test_direct_calls_for_a_fused_gate() -> None:
+    model = Gated().bfloat16()
+    assert calls(model, leaf(64, 64), {"down": ACT}) == (INPUT_CALLS, {})
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["padded", "unknown"])
+def test_rows_of_inputs_and_gradients_that_go_through_the_op(model: nn.Module, dynamic: bool) -> None:
+    """Their kernels take a multiple of 64 rows; the weight's a multiple of 8."""
+    direct, by_op = calls(model, leaf(192 if dynamic else 72, 64), INPUT_AND_GRADIENT, dynamic=dynamic)
+    linear = {"linear": 2} if dynamic else {}
+    assert direct == {"sparsify": 1, **({} if dynamic else {"linear_into": 2})}
+    made, multiplied = ("sparsify_input", "sparsify_mvue_sum"), ("input_linear", "input_grad_weight", "grad_weight")
+    assert by_op == {**dict.fromkeys((*made, *multiplied), 1), **linear}
+
+
+def test_rows_of_inputs_and_gradients_known_to_be_a_multiple(model: nn.Module) -> None:
+    x = leaf(3, 64, 64)
+    torch._dynamo.mark_dynamic(x, 0)
+    assert calls(model, x, INPUT_AND_GRADIENT)[1] == {}
 
 
 def test_code_from_a_cache(model: nn.Module, tmp_path: Path) -> None:

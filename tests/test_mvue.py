@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import assert_unbiased, probabilities
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -115,16 +116,6 @@ GROUPS = {
 }
 
 
-def probabilities(group: list[float]) -> np.ndarray:
-    """min(1, c a_i) with the c that makes them sum to two, by bisection; for groups of three or four nonzeros."""
-    magnitude = np.abs(np.array(group, dtype=np.float64))
-    low, high = 0.0, 2 / np.sort(magnitude[magnitude > 0])[0]
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.minimum(1, middle * magnitude).sum() < 2 else (low, middle)
-    return np.minimum(1, high * magnitude)
-
-
 @pytest.mark.parametrize("name", GROUPS)
 def test_inclusion_probabilities(name: str) -> None:
     """On a grid of u the share in which an element is kept is its probability, up to the ends of two intervals."""
@@ -142,19 +133,6 @@ def test_inclusion_probabilities(name: str) -> None:
     assert (values[~kept] == 0).all()
 
 
-def closed_form(grad: Tensor) -> Tensor:
-    """Variance of each element [M, N]."""
-    rows, cols = grad.shape
-    padded = torch.nn.functional.pad(grad.T, (0, -rows % 4)).reshape(-1, 4)
-    variance = np.zeros(padded.shape)
-    for place, group in enumerate(padded.tolist()):
-        if np.count_nonzero(group) > 2:
-            p = probabilities(group)
-            magnitude = np.abs(group)
-            variance[place] = np.where(magnitude > 0, magnitude**2 * (1 / np.maximum(p, 1e-300) - 1), 0)
-    return torch.from_numpy(variance).reshape(cols, -1)[:, :rows].T
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unbiased_with_the_variance_of_the_closed_form(dtype: torch.dtype) -> None:
     """Over 4000 seeds; 16-bit values are rounded once more, which moves the mean by up to half a unit."""
@@ -162,17 +140,7 @@ def test_unbiased_with_the_variance_of_the_closed_form(dtype: torch.dtype) -> No
     grad = (torch.randn(18, 5) * torch.randn(18, 1).exp()).to(dtype)
     grad[3], grad[6:8] = 0, 0
     draws = torch.stack([sparse.mvue24(grad, seed(number)).double() for number in range(4000)])
-    exact = grad.double()
-    variance = closed_form(exact)
-    rounding = 0 if dtype.itemsize > 2 else torch.finfo(dtype).eps / 2
-    # Up to half a unit of a kept value, whose probability makes it one of the dense value.
-    deviation = (draws.mean(0) - exact).abs() - rounding * exact.abs()
-    assert (deviation <= 4 * (variance / len(draws)).sqrt() + 1e-6 * exact.abs()).all()
-    # A kept value is v or nothing: the sample variance has a standard error of its own.
-    measured, fourth = draws.var(0), ((draws - draws.mean(0)) ** 4).mean(0)
-    error = ((fourth - measured**2).clamp(min=0) / len(draws)).sqrt()
-    assert ((measured - variance).abs() <= 5 * error + (1e-5 + 8 * rounding) * variance + 1e-12).all()
-    assert variance.max() > 0.1
+    assert_unbiased(draws, grad)
 
 
 def test_less_variance_than_equal_chances() -> None:

@@ -185,8 +185,11 @@ def test_odd_weight_with_sparse_kernels(value: float) -> None:
     x = torch.ones(8, 64, device="cuda").bfloat16()
     y = compiled(model)(x).detach()
     expected = x @ masked(model[0].weight.detach()).T
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y.isinf(), expected.isinf())
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    # The sparse tensor cores of an H200 give NaN for a weight of -inf where the dense ones give -inf, by every
+    # algorithm of cuSPARSELt and in both dtypes; +inf and NaN they give as dense ones do.
+    if value != -INF:
+        assert torch.equal(y.isnan(), expected.isnan())
 
 
 @MASKS

@@ -1,13 +1,8 @@
-"""The reference of masks and layout against brute force, and the Triton kernels against the reference, on the CPU."""
+"""The reference of masks and layout against brute force."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -181,61 +176,3 @@ def test_sparsify_packs_both_directions_of_one_mask(mask):
     dense = weight.bfloat16() * reference.mask24(weight, mask)
     assert torch.equal(reference.unpack(packed, 128, 64), dense)
     assert torch.equal(reference.unpack(packed_t, 64, 128), dense.T)
-
-
-INTERPRETED = """
-    import torch
-    from sparse_pass import reference
-    from sparse_pass.kernels import sparsify
-
-    torch.manual_seed(0)
-    sparsify._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
-    dtype = torch.float16  # the interpreter rounds float32 to bfloat16 towards zero
-
-
-    def special(source):
-        weight = torch.randn(64, 64)
-        weight[3], weight[8:11, 8:12], weight[20:24, 20:24], weight[60:] = float("inf"), float("nan"), 0, -0.0
-        weight[40:44] *= 1e-6 if source is torch.float16 else 1e-39  # denormal
-        return weight.to(source)
-
-
-    def same(actual, expected):  # NaN may have another payload after a conversion
-        return torch.equal(
-            actual.nan_to_num(nan=3.0).view(torch.int16), expected.nan_to_num(nan=3.0).view(torch.int16)
-        )
-
-
-    for source in (torch.float32, torch.bfloat16, torch.float16):
-        weights = (
-            torch.randn(64, 128).to(source),
-            torch.randint(-2, 3, (128, 64)).to(source).T,
-            special(source),
-        )
-        for mask in reference.MASKS:
-            small = torch.randn(20, 132).to(source)
-            assert torch.equal(sparsify.mask24(small, mask), reference.mask24(small, mask))
-            for number, weight in enumerate(weights):
-                case = (source, mask, number)
-                assert torch.equal(sparsify.mask24(weight, mask), reference.mask24(weight, mask)), case
-                target = torch.bfloat16 if source is torch.bfloat16 else dtype
-                actual, expected = (s.sparsify(weight, mask, target) for s in (sparsify, reference))
-                half = weight.numel() // 2
-                for a, e in zip(actual, expected, strict=True):
-                    assert torch.equal(a[half:].view(torch.uint8), e[half:].view(torch.uint8)), case
-                    assert same(a[:half], e[:half]), case
-    print("equal")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's interpreter")
-def test_triton_kernels_are_the_reference_in_the_interpreter():
-    # In a process of its own: Triton looks at the variable when the kernels are defined.
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(INTERPRETED)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.stdout == "equal\n", result.stderr[-2000:]

@@ -47,13 +47,13 @@ def _gelu(x):
     a = tl.abs(x)
     t = _reciprocal(1.0 + (0.3275911 * 0.7071067811865476) * a)
     series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    half_erfc = series * _exp2((-0.5 * _LOG2_E) * (a * a)) * 0.5
+    half_erfc = series * _exp2((a * a) * (-0.5 * _LOG2_E)) * 0.5
     return _positive(x) - a * half_erfc
 
 
 @triton.jit
 def _sigmoid(x):
-    return _reciprocal(1.0 + _exp2(-_LOG2_E * x))
+    return _reciprocal(1.0 + _exp2(x * -_LOG2_E))
 
 
 @triton.jit

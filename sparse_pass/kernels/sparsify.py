@@ -1,9 +1,10 @@
 """W [N, K] -> S(W) and S(W)^T, packed in the SM90 layout of cuSPARSELt, in one read of W (Triton).
 
 The same for inputs X [M, K], whose rows are padded, and which may be what an activation function makes of the tensor
-that is read. The definition is `sparse_pass.reference` (mask24, pack); the results are equal bit for bit. Bytes moved
-for 16-bit W: 2 read and 2 * 1.125 written an element. One program handles a 64x64 block of W, which is one 512-byte
-block of metadata of S(W) and one of S(W)^T; see `masks` and `layout` for the tensors in it.
+that is read. The definition is `sparse_pass.reference` (mask24, pack); the results are equal bit for bit, but for the
+sign of a zero that a relu makes of -0.0. Bytes moved for 16-bit W: 2 read and 2 * 1.125 written an element. One program
+handles a 64x64 block of W, which is one 512-byte block of metadata of S(W) and one of S(W)^T; see `masks` and `layout`
+for the tensors in it.
 """
 
 # Triton reads the device functions, which mypy does not; it has no unpacking in tuples.

@@ -1,0 +1,760 @@
+"""2:4 inputs by sparse kernels: the operators, the graphs, the numbers, and which activation functions are fused.
+
+On a CPU the kernels are the reference, for which ``backend="cusparselt"`` asks.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from graph_printer import Captured, capture
+from support import TOLERANCE, compare_inputs, fresh_compile
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import sparse_pass as sp
+from sparse_pass import reference, reference_activation
+from sparse_pass.legal import Limits
+
+ACT = sp.ActivationSparsity(backend="cusparselt")
+W24 = sp.WeightSparsity(backend="cusparselt")
+MVUE = replace(W24, grad_weight="mvue")
+INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+sparse = torch.ops.sparse_pass
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    with fresh_compile():
+        yield
+
+
+# Operators
+
+
+BY_HAND: dict[str, Callable[..., Tensor]] = {
+    "none": lambda x: x,
+    "relu": lambda x: x.clamp(min=0),
+    "squared_relu": lambda x: x.clamp(min=0) ** 2,
+    "gelu": lambda x: x * (1 + torch.erf(x * 0.5**0.5)) / 2,
+    "gelu_tanh": lambda x: x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+    "silu_gate": lambda x, gate: x / (1 + torch.exp(-x)) * gate,
+}
+
+
+def padded(matrix: Tensor) -> Tensor:
+    return F.pad(matrix, (0, 0, 0, -matrix.shape[0] % 64))
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def arguments(rows: int, activation: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    gated = activation in reference_activation.GATED
+    return normal(rows, 128, dtype=dtype), normal(rows, 128, dtype=dtype) if gated else None
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", BY_HAND)
+def test_activations(activation: str, dtype: torch.dtype) -> None:
+    """Rounded once."""
+    assert BY_HAND.keys() == reference_activation.ACTIVATIONS.keys()
+    x, gate = arguments(70, activation, dtype)
+    actual = reference_activation.activate(x, gate, activation)
+    expected = BY_HAND[activation](*(one.double() for one in (x, gate) if one is not None))
+    assert actual.dtype is dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64, 70])
+@pytest.mark.parametrize("activation", BY_HAND)
+def test_packed_both_ways(activation: str, rows: int) -> None:
+    for mask, dtype in itertools.product(reference.MASKS, (torch.float16, torch.bfloat16)):
+        x, gate = arguments(rows, activation, dtype)
+        packed, packed_t = sparse.sparsify_input(x, gate, mask, activation)
+        assert (packed.dtype, packed_t.dtype) == (dtype, dtype)
+        y = reference_activation.activate(x, gate, activation)
+        masked = torch.where(sparse.input_mask24(y, mask), y, 0)
+        count = rows + -rows % 64
+        assert packed.shape == packed_t.shape == (count * 128 * 9 // 16,)
+        if rows:
+            assert torch.equal(reference.unpack(packed, count, 128), padded(masked))
+            assert torch.equal(reference.unpack(packed_t, 128, count), padded(masked).T)
+            kept = sparse.input_mask24(padded(y), mask)
+            assert torch.equal(packed, reference.pack(padded(y), kept))
+            assert torch.equal(packed_t, reference.pack(padded(y).T, kept.T))
+
+
+def in_other_strides(matrix: Tensor) -> list[Tensor]:
+    wide = matrix.new_zeros(matrix.shape[0], 2 * matrix.shape[1])
+    wide[:, ::2] = matrix
+    return [matrix.T.contiguous().T, wide[:, ::2], torch.cat([matrix[:1], matrix])[1:]]
+
+
+@DTYPES
+def test_strides_do_not_matter(dtype: torch.dtype) -> None:
+    x, gate = arguments(70, "silu_gate", dtype)
+    grad, weight = normal(70, 48, dtype=dtype), normal(48, 128, dtype=dtype)
+    packed = sparse.sparsify_input(x, gate, "optimal", "silu_gate")
+    output = sparse.input_linear(packed[0], weight, 70)
+    grad_weight = sparse.input_grad_weight(packed[1], grad, 128)
+    for same in zip(*map(in_other_strides, (x, gate, weight, grad)), strict=True):
+        again = sparse.sparsify_input(*same[:2], "optimal", "silu_gate")
+        assert all(torch.equal(a, b) for a, b in zip(again, packed, strict=True))
+        torch.testing.assert_close(sparse.input_linear(packed[0], same[2], 70), output)
+        torch.testing.assert_close(sparse.input_grad_weight(packed[1], same[3], 128), grad_weight)
+
+
+@DTYPES
+@pytest.mark.parametrize("n", [48, 5])
+@pytest.mark.parametrize("rows", [0, 1, 64, 70])
+def test_products_are_the_dense_ones(rows: int, n: int, dtype: torch.dtype) -> None:
+    x, weight, grad = normal(rows, 128, dtype=dtype), normal(n, 128, dtype=dtype), normal(rows, n, dtype=dtype)
+    masked = torch.where(sparse.input_mask24(x, "optimal"), x, 0)
+    packed, packed_t = sparse.sparsify_input(x, None, "optimal", "none")
+    output, grad_weight = sparse.input_linear(packed, weight, rows), sparse.input_grad_weight(packed_t, grad, 128)
+    assert output.is_contiguous()
+    assert grad_weight.is_contiguous()
+    torch.testing.assert_close(output, masked @ weight.T)
+    torch.testing.assert_close(grad_weight, grad.T @ masked)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [0, 1, 64, 70])
+def test_opcheck(rows: int, dtype: torch.dtype) -> None:
+    for activation in ("none", "silu_gate"):
+        x, gate = arguments(rows, activation, dtype)
+        torch.library.opcheck(sparse.sparsify_input.default, (x, gate, "optimal", activation))
+    packed, packed_t = sparse.sparsify_input(x.T.contiguous().T, None, "greedy", "relu")
+    torch.library.opcheck(sparse.input_linear.default, (packed, normal(48, 128, dtype=dtype), rows))
+    torch.library.opcheck(sparse.input_grad_weight.default, (packed_t, normal(5, rows, dtype=dtype).T, 128))
+
+
+def test_compiles_with_a_dynamic_batch() -> None:
+    def step(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        packed, packed_t = sparse.sparsify_input(x * 2, None, "optimal", "gelu")
+        return sparse.input_linear(packed, weight, x.shape[0]) + 1, sparse.input_grad_weight(packed_t, grad, 64)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for rows in (20, 3, 100):
+        inputs = normal(rows, 64), normal(48, 64), normal(rows, 48)
+        for actual, expected in zip(compiled(*inputs), step(*inputs), strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("op", ["sparsify_input", "input_linear", "input_grad_weight"])
+def test_backward_through_an_op_is_refused(op: str) -> None:
+    x = normal(64, 64).requires_grad_()
+    packed = sparse.sparsify_input(x.detach(), None, "optimal", "none")[0]
+    given = {
+        "sparsify_input": (x, None, "optimal", "none"),
+        "input_linear": (packed, x, 64),
+        "input_grad_weight": (packed, x, 64),
+    }
+    result = getattr(sparse, op)(*given[op])
+    with pytest.raises(NotImplementedError, match="sparse_backend"):
+        (result[0] if op == "sparsify_input" else result).sum().backward()
+
+
+PACKED = torch.zeros(36 * 64).bfloat16()  # of [64, 64]
+X = torch.zeros(64, 64).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "parts"),
+    [
+        ("sparsify_input", (X, None, "rowwise", "none"), ["'rowwise'", "both ways", "optimal, greedy"]),
+        ("sparsify_input", (X, None, "optimal", "tanh"), ["'tanh'", "none, relu, squared_relu, gelu"]),
+        ("sparsify_input", (X, X, "optimal", "relu"), ["'relu'", "no gate"]),
+        ("sparsify_input", (X, None, "optimal", "silu_gate"), ["'silu_gate'", "needs a gate"]),
+        ("sparsify_input", (X.float(), None, "optimal", "none"), ["input", "torch.float32", "input_mask24"]),
+        ("sparsify_input", (X[:, :32], None, "optimal", "none"), ["[64, 32]", "multiple of 64", "input_mask24"]),
+        ("sparsify_input", (X[:, :0], None, "optimal", "none"), ["[64, 0]", "multiple of 64"]),
+        ("sparsify_input", (X[0], None, "optimal", "none"), ["[64]", "[M, K]"]),
+        ("sparsify_input", (X, X[:32], "optimal", "silu_gate"), ["gate", "[32, 64]", "not torch.bfloat16 [64, 64]"]),
+        ("sparsify_input", (X, X.half(), "optimal", "silu_gate"), ["gate", "torch.float16", "not torch.bfloat16"]),
+        ("input_linear", (PACKED, X, 65), ["[2304]", "[64, 64]", "[65, 64]", "sparsify_input"]),
+        ("input_linear", (PACKED, X[0], 64), ["weight [64]", "sparsify_input"]),
+        ("input_linear", (PACKED.view(36, 64), X, 64), ["packed [36, 64]", "sparsify_input"]),
+        ("input_linear", (PACKED, X[:, :32], 128), ["weight [64, 32]", "sparsify_input"]),
+        ("input_linear", (PACKED, X.float(), 64), ["torch.bfloat16", "weight torch.float32", "convert"]),
+        ("input_linear", (PACKED.float(), X.float(), 64), ["packed is torch.float32", "convert"]),
+        ("input_grad_weight", (PACKED, X[:, 0], 64), ["grad_output [64]", "sparsify_input"]),
+        ("input_grad_weight", (PACKED, X, 128), ["[2304]", "[64, 128]", "sparsify_input"]),
+        ("input_grad_weight", (PACKED, X.repeat(2, 1), 32), ["[128, 32]", "sparsify_input"]),
+        ("input_grad_weight", (PACKED, X.half(), 64), ["torch.bfloat16", "grad_output torch.float16", "convert"]),
+    ],
+)
+def test_errors(op: str, given: tuple[Any, ...], parts: list[str]) -> None:
+    """They name the value and the remedy; the same when traced."""
+    call, any_of = getattr(sparse, op), "mask=|activation=|input|gate|packed"
+    with pytest.raises(ValueError, match=any_of) as error:
+        call(*given)
+    assert all(part in str(error.value) for part in parts), error.value
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=any_of):
+        call(*(mode.from_tensor(one) if isinstance(one, Tensor) else one for one in given))
+
+
+# Models
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+class Up(nn.Module):
+    """One linear between two functions, so that the backward has all three GEMMs."""
+
+    def __init__(self, bias: bool = True, checkpointed: bool = False, n: int = 128) -> None:
+        super().__init__()
+        self.up, self.checkpointed = nn.Linear(64, n, bias), checkpointed
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.up(x.cos()).sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+
+
+class Conv1D(nn.Module):
+    """As transformers has it in GPT-2: the weight is [K, N]."""
+
+    def __init__(self, k: int, n: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(k, n) / 8), nn.Parameter(torch.randn(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    """Three linears of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 64, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sin()
+        return self.q(x).sin() * self.k(x).cos() + self.v(x)
+
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+class Mlp(nn.Module):
+    """``down`` of a function of ``up``, and of a gate if it has one. Reads no more of the gate than there is."""
+
+    def __init__(self, function: Function, gate: str = "none", bias: bool = False) -> None:
+        super().__init__()
+        self.function, self.kind = function, gate
+        self.up = nn.Linear(64, 256 if gate == "chunk" else 128)
+        if gate == "linear":
+            self.gate = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64, bias)
+        self.rounded_once = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        gate = self.gate(x) if self.kind == "linear" else h
+        if self.kind == "chunk":
+            h, gate = h.chunk(2, -1)
+        y = self.function(h, gate)
+        if self.rounded_once:
+            given = gate if self.kind != "none" else None
+            y = y + (reference_activation.activate(h, given, self.rounded_once) - y).detach()
+        return self.down(y).sin()
+
+
+def rounded_once(name: str) -> Callable[[nn.Module], nn.Module]:
+    """A copy of an `Mlp` that rounds its function as the kernel does: where ops round between, masks may differ."""
+
+    def copied(model: nn.Module) -> nn.Module:
+        model = copy.deepcopy(model)
+        model.rounded_once = name
+        return model
+
+    return copied
+
+
+def compare(model: nn.Module, config: Mapping[str, Any], *batches: Tensor, **options: Any) -> sp.Report:
+    options = {"kernel": "reference", "tolerance": TOLERANCE[torch.bfloat16], **options}
+    return compare_inputs(model, config, *batches, **options)
+
+
+def captured(model: nn.Module, x: Tensor, config: Mapping[str, Any]) -> Captured:
+    """With Inductor's decompositions."""
+    found = capture(model.to(x.dtype), [x], config)
+    found.check_invariants()
+    return found
+
+
+def squared_relu(h: Tensor, _: Tensor) -> Tensor:
+    return F.relu(h).square()
+
+
+# Graphs
+
+
+def text(model: nn.Module, x: Tensor, config: Mapping[str, Any]) -> str:
+    return captured(model, x, config).text.replace(
+        ", dtype=int64, layout=torch.strided, device=device(type='cpu'), pin_memory=False", ""
+    )
+
+
+def test_golden() -> None:
+    """Not fused, three dims, with bias."""
+    assert_expected_inline(
+        text(Up(), leaf(2, 8, 64), {"up": ACT}),
+        """\
+cos = aten.cos(primals_1)
+view = aten.view(cos)  # up
+permute = aten.permute(primals_2, [1, 0])  # up
+sparsify_input = sparse_pass.sparsify_input(view, None, 'optimal', 'none')  # up
+getitem = sparsify_input[1]  # up
+getitem_1 = sparsify_input[0]  # up
+input_linear = sparse_pass.input_linear(getitem_1, primals_2, 16)  # up
+add = aten.add(input_linear, primals_3)  # up
+view_1 = aten.view(add)  # up
+sin = aten.sin(view_1)
+cos_1 = aten.cos(view_1)  # backward
+mul = aten.mul(tangents_1, cos_1)  # backward
+view_2 = aten.view(mul)  # up, backward
+permute_1 = aten.permute(permute, [1, 0])  # up, backward
+mm = aten.mm(view_2, permute_1)  # up, backward
+input_grad_weight = sparse_pass.input_grad_weight(getitem, view_2, 64)  # up, backward
+permute_2 = aten.permute(input_grad_weight, [1, 0])  # up, backward
+sum = aten.sum(view_2, [0], True)  # up, backward
+view_3 = aten.view(sum)  # up, backward
+permute_3 = aten.permute(permute_2, [1, 0])  # up, backward
+view_4 = aten.view(mm)  # up, backward
+sin_1 = aten.sin(primals_1)  # backward
+neg = aten.neg(sin_1)  # backward
+mul_1 = aten.mul(view_4, neg)  # backward
+return sin, mul_1, permute_3, view_3""",
+    )
+
+
+def test_golden_fused() -> None:
+    assert_expected_inline(
+        text(Mlp(squared_relu), leaf(8, 64), {"down": ACT}),
+        """\
+permute = aten.permute(primals_1, [1, 0])  # up
+addmm = aten.addmm(primals_2, primals_3, permute)  # up
+relu = aten.relu(addmm)
+alias = aten.alias(relu)
+permute_1 = aten.permute(primals_4, [1, 0])  # down
+sparsify_input = sparse_pass.sparsify_input(addmm, None, 'optimal', 'squared_relu')  # down
+getitem = sparsify_input[1]  # down
+getitem_1 = sparsify_input[0]  # down
+input_linear = sparse_pass.input_linear(getitem_1, primals_4, 8)  # down
+sin = aten.sin(input_linear)
+cos = aten.cos(input_linear)  # backward
+mul = aten.mul(tangents_1, cos)  # backward
+input_grad_weight = sparse_pass.input_grad_weight(getitem, mul, 128)  # down, backward
+permute_2 = aten.permute(input_grad_weight, [1, 0])  # down, backward
+permute_3 = aten.permute(permute_1, [1, 0])  # down, backward
+mm = aten.mm(mul, permute_3)  # down, backward
+permute_4 = aten.permute(permute_2, [1, 0])  # down, backward
+pow = aten.pow(relu, 1.0)  # backward
+mul_1 = aten.mul(pow, 2.0)  # backward
+mul_2 = aten.mul(mm, mul_1)  # backward
+alias_1 = aten.alias(alias)  # backward
+le = aten.le(alias_1, 0)  # backward
+scalar_tensor = aten.scalar_tensor(0, dtype=bfloat16, layout=torch.strided, device=device(type='cpu'))  # backward
+where = aten.where(le, scalar_tensor, mul_2)  # backward
+permute_5 = aten.permute(permute, [1, 0])  # up, backward
+mm_1 = aten.mm(where, permute_5)  # up, backward
+permute_6 = aten.permute(where, [1, 0])  # up, backward
+mm_2 = aten.mm(permute_6, primals_3)  # up, backward
+permute_7 = aten.permute(mm_2, [1, 0])  # up, backward
+sum = aten.sum(where, [0], True)  # up, backward
+view = aten.view(sum)  # up, backward
+permute_8 = aten.permute(permute_7, [1, 0])  # up, backward
+return sin, permute_8, view, mm_1, permute_4""",
+    )
+
+
+def test_golden_fused_inference() -> None:
+    with torch.no_grad():
+        assert_expected_inline(
+            text(Mlp(lambda h, gate: F.silu(h) * gate, "linear"), leaf(8, 64), {"down": ACT}),
+            """\
+permute = aten.permute(arg0_1, [1, 0])  # up
+addmm = aten.addmm(arg1_1, arg2_1, permute)  # up
+permute_1 = aten.permute(arg3_1, [1, 0])  # gate
+addmm_1 = aten.addmm(arg4_1, arg2_1, permute_1)  # gate
+sparsify_input = sparse_pass.sparsify_input(addmm, addmm_1, 'optimal', 'silu_gate')  # down
+getitem = sparsify_input[0]  # down
+input_linear = sparse_pass.input_linear(getitem, arg5_1, 8)  # down
+sin = aten.sin(input_linear)
+return sin""",
+        )
+
+
+def test_golden_pair() -> None:
+    assert_expected_inline(
+        text(Up(bias=False), leaf(8, 64), {"up": (ACT, W24)}),
+        """\
+cos = aten.cos(primals_1)
+sparsify_input = sparse_pass.sparsify_input(cos, None, 'optimal', 'none')  # up
+getitem = sparsify_input[1]  # up
+getitem_1 = sparsify_input[0]  # up
+input_linear = sparse_pass.input_linear(getitem_1, primals_2, 8)  # up
+sin = aten.sin(input_linear)
+cos_1 = aten.cos(input_linear)  # backward
+mul = aten.mul(tangents_1, cos_1)  # backward
+input_grad_weight = sparse_pass.input_grad_weight(getitem, mul, 64)  # up, backward
+permute = aten.permute(input_grad_weight, [1, 0])  # up, backward
+sparsify_one = sparse_pass.sparsify_one(primals_2, 'optimal', True)  # up
+linear = sparse_pass.linear(mul, sparsify_one, None, 64)  # up, backward
+permute_1 = aten.permute(permute, [1, 0])  # up, backward
+sin_1 = aten.sin(primals_1)  # backward
+neg = aten.neg(sin_1)  # backward
+mul_1 = aten.mul(linear, neg)  # backward
+return sin, mul_1, permute_1""",
+    )
+
+
+def test_golden_pair_mvue() -> None:
+    assert_expected_inline(
+        text(Up(bias=False), leaf(8, 64), {"up": (ACT, MVUE)}),
+        """\
+cos = aten.cos(primals_1)
+sparsify_input = sparse_pass.sparsify_input(cos, None, 'optimal', 'none')  # up
+getitem = sparsify_input[0]  # up
+input_linear = sparse_pass.input_linear(getitem, primals_2, 8)  # up
+sin = aten.sin(input_linear)
+cos_1 = aten.cos(input_linear)  # backward
+mul = aten.mul(tangents_1, cos_1)  # backward
+randint = aten.randint(0, 4611686018427387904, [1])  # up, backward
+sparsify_mvue = sparse_pass.sparsify_mvue(mul, randint)  # up, backward
+grad_weight = sparse_pass.grad_weight(sparsify_mvue, cos, 128)  # up, backward
+permute = aten.permute(grad_weight, [1, 0])  # up, backward
+sparsify_one = sparse_pass.sparsify_one(primals_2, 'optimal', True)  # up
+linear = sparse_pass.linear(mul, sparsify_one, None, 64)  # up, backward
+permute_1 = aten.permute(permute, [1, 0])  # up, backward
+sin_1 = aten.sin(primals_1)  # backward
+neg = aten.neg(sin_1)  # backward
+mul_1 = aten.mul(linear, neg)  # backward
+return sin, mul_1, permute_1""",
+    )
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("shape", [(70, 64), (2, 35, 64)], ids=str)
+def test_linear(shape: tuple[int, ...], bias: bool) -> None:
+    (site,) = compare(Up(bias).bfloat16(), {"up": ACT}, leaf(*shape)).sites
+    assert (site.status, site.reason) == ("sparse", "")
+    assert (site.output, site.grad_input, site.grad_weight, site.fused) == ("reference", "dense", "reference", None)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (1, 64), (64, 64), (2, 2, 3, 64)], ids=str)
+def test_rows(shape: tuple[int, ...]) -> None:
+    compare(Up().bfloat16(), {"up": ACT}, leaf(*shape))
+
+
+@pytest.mark.parametrize("scheme", [ACT, replace(ACT, mask="greedy"), replace(ACT, grad_input="masked")], ids=str)
+def test_schemes(scheme: sp.ActivationSparsity) -> None:
+    compare(Up().half(), {"up": scheme}, leaf(70, 64, dtype=torch.float16))
+
+
+PAIRS = [
+    (W24, ACT),
+    (replace(W24, grad_weight="masked", decay=0.3), replace(ACT, grad_input="masked")),
+    (MVUE, ACT),
+    (replace(MVUE, decay=0.3), replace(ACT, mask="greedy")),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " + ".join(map(str, pair)))
+def test_pair(pair: Any) -> None:
+    (site,) = compare(Up().bfloat16(), {"up": pair}, leaf(2, 35, 64)).sites
+    assert (site.status, site.reason) == ("sparse", "")
+    assert (site.output, site.grad_input, site.grad_weight) == ("reference", "reference", "reference")
+
+
+@INNERS
+def test_autocast_and_dynamic_batch(inner: str) -> None:
+    batches = [leaf(rows, 64, dtype=torch.float32) for rows in (6, 70, 64)]
+    compare(
+        nn.Sequential(nn.Linear(64, 128)), {"0": ACT}, *batches, inner=inner, dynamic="batch",
+        context=lambda: torch.autocast("cpu", torch.bfloat16),
+    )  # fmt: skip
+
+
+def test_dynamic_rank_3() -> None:
+    compare(Up().bfloat16(), {"up": ACT}, leaf(2, 5, 64), leaf(3, 70, 64), dynamic=True)
+
+
+@INNERS
+def test_fused_with_a_dynamic_batch(inner: str) -> None:
+    report = compare(
+        Mlp(squared_relu).bfloat16(), {"down": ACT}, leaf(6, 64), leaf(70, 64), inner=inner, dynamic="batch"
+    )
+    assert report.sites[0].fused == "squared_relu"
+
+
+def test_checkpointed() -> None:
+    compare(Up(checkpointed=True).bfloat16(), {"up": ACT}, leaf(70, 64))
+
+
+def test_conv1d() -> None:
+    """grad_weight is the transpose of what the kernel gives."""
+    model = nn.Sequential(nn.Tanh(), Conv1D(64, 128), nn.Tanh()).bfloat16()
+    for scheme in (ACT, (ACT, W24)):
+        found = captured(model, leaf(2, 35, 64), {"1": scheme})
+        assert "sparse_pass.input_grad_weight(" in found.text
+    compare(model, {"1": ACT}, leaf(2, 35, 64))
+
+
+def test_shared_input() -> None:
+    """Packed once."""
+    config = dict.fromkeys("qkv", ACT)
+    assert captured(Attention(), leaf(70, 64), config).text.count("sparse_pass.sparsify_input(") == 1
+    compare(Attention().bfloat16(), config, leaf(2, 35, 64))
+
+
+def test_shared_weight() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False)).bfloat16()
+    model[2].weight = model[0].weight
+    compare(model, {"0": ACT, "2": ACT}, leaf(70, 64))
+
+
+def test_frozen_weight() -> None:
+    """There is no grad_weight, and packed_t is not kept."""
+    model = Up().bfloat16()
+    model.up.weight.requires_grad_(False)
+    (site,) = compare(model, {"up": ACT}, leaf(70, 64)).sites
+    assert (site.output, site.grad_input, site.grad_weight) == ("reference", "dense", None)
+    assert "input_grad_weight" not in captured(model, leaf(70, 64), {"up": ACT}).text
+
+
+def test_input_without_a_gradient() -> None:
+    model = nn.Sequential(nn.Linear(64, 128)).bfloat16()
+    (site,) = compare(model, {"0": ACT}, torch.randn(70, 64).bfloat16()).sites
+    assert (site.output, site.grad_input, site.grad_weight) == ("reference", None, "reference")
+
+
+def test_inference() -> None:
+    with torch.no_grad():
+        (site,) = compare(Up().bfloat16(), {"up": ACT}, torch.randn(2, 35, 64).bfloat16(), backward=False).sites
+    assert (site.output, site.grad_input, site.grad_weight) == ("reference", None, None)
+
+
+# Fusion
+
+
+FUSED: dict[str, tuple[str, Function]] = {
+    "relu(h).square()": ("squared_relu", squared_relu),
+    "relu(h) ** 2": ("squared_relu", lambda h, _: F.relu(h) ** 2),
+    "relu(h) * relu(h)": ("squared_relu", lambda h, _: F.relu(h) * F.relu(h)),
+    "gelu(h)": ("gelu", lambda h, _: F.gelu(h)),
+    "gelu(h), tanh": ("gelu_tanh", lambda h, _: F.gelu(h, approximate="tanh")),
+    "silu(h) * gate": ("silu_gate", lambda h, gate: F.silu(h) * gate),
+    "gate * silu(h)": ("silu_gate", lambda h, gate: gate * F.silu(h)),
+}
+
+
+@pytest.mark.parametrize("way", FUSED)
+def test_fused(way: str) -> None:
+    """Also of a tuple, and of the two halves of one linear."""
+    name, function = FUSED[way]
+    for gate, scheme in [("linear", ACT), ("chunk", (W24, ACT))] if "gate" in way else [("none", (W24, ACT))]:
+        model, x = Mlp(function, gate).bfloat16(), leaf(2, 35, 64)
+        found = captured(model, x, {"down": scheme})
+        assert [site.fused for site in found.report.sites] == [name], found.text
+        assert found.text.count("sparse_pass.sparsify_input(") == 1
+        report = compare(model, {"down": ACT}, x, copied=rounded_once(name))
+        assert [site.fused for site in report.sites] == [name]
+        assert f"reference of {name}" in str(report)
+
+
+@pytest.mark.parametrize("way", ["relu(h).square()", "gelu(h)", "gate * silu(h)"])
+def test_fused_through_inductor(way: str) -> None:
+    name, function = FUSED[way]
+    model = Mlp(function, "chunk" if "gate" in way else "none").bfloat16()
+    report = compare(model, {"down": ACT}, leaf(70, 64), inner="inductor", copied=rounded_once(name))
+    assert report.sites[0].fused == name
+
+
+def test_fused_with_the_features_of_several_rows() -> None:
+    """A view between the function and the linear, as of heads."""
+    for size in ((-1, 128), (5, -1, 128)):
+        model = nn.Sequential(nn.Linear(64, 64), _Apply(lambda h, s=size: F.relu(h).square().view(s)))
+        model = nn.Sequential(model, nn.Linear(128, 48, bias=False)).bfloat16()
+        for x in (leaf(140, 64), leaf(10, 14, 64)):
+            assert compare(model, {"1": ACT}, x).sites[0].fused == "squared_relu"
+
+
+class _Apply(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def test_fused_where_nothing_is_trained() -> None:
+    """Without a grad_weight nothing else reads the input, and without a backward nothing reads a relu."""
+    model, x = Mlp(squared_relu).bfloat16(), leaf(70, 64)
+    model.down.weight.requires_grad_(False)
+    (site,) = captured(model, x, {"down": ACT}).report.sites
+    assert (site.fused, site.grad_weight) == ("squared_relu", None)
+    with torch.no_grad():
+        report = compare(Mlp(lambda h, _: F.relu(h)).bfloat16(), {"down": ACT}, x.detach(), backward=False)
+    assert report.sites[0].fused == "relu"
+
+
+class Reading(Mlp):
+    """The function's result has a second reader."""
+
+    def __init__(self, returned: bool) -> None:
+        super().__init__(squared_relu)
+        self.returned = returned
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.function(self.up(x), x)
+        return (self.down(y).sin(), y) if self.returned else self.down(y).sin() * y[:, :1].cos()
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme"),
+    [
+        (Reading(returned=True), ACT),
+        (Reading(returned=False), ACT),
+        (Mlp(lambda h, _: F.relu(h)), ACT),  # whose backward reads its result
+        (Mlp(lambda h, _: h.sigmoid()), ACT),
+        (Mlp(lambda h, gate: F.silu(h) * gate[:1], "linear"), ACT),
+        (Mlp(lambda h, gate: F.silu(h[:1]) * gate, "linear"), ACT),
+        (Mlp(lambda h, gate: F.silu(h) * gate[:, :1], "linear"), ACT),
+        (Mlp(lambda h, _: F.relu(h.float()).square().bfloat16()), ACT),
+        (Mlp(squared_relu), replace(ACT, grad_input="masked")),
+        (Mlp(squared_relu), (MVUE, ACT)),  # grad_weight reads it dense
+    ],
+    ids=[
+        "returned", "read", "relu", "sigmoid", "gate broadcast", "source broadcast", "gate of one column", "float32",
+        "masked gradient", "mvue",
+    ],
+)  # fmt: skip
+def test_not_fused(model: nn.Module, scheme: Any) -> None:
+    """And the numbers are the same."""
+    model, x = copy.deepcopy(model).bfloat16(), leaf(70, 64)
+    assert [site.fused for site in captured(model, x, {"down": scheme}).report.sites] == [None]
+    report = compare(model, {"down": scheme}, x)
+    assert [(site.fused, site.output) for site in report.sites] == [(None, "reference")]
+    assert "reference of" not in str(report)
+
+
+def test_not_fused_where_two_linears_read_it() -> None:
+    class Two(Mlp):
+        def __init__(self) -> None:
+            super().__init__(squared_relu)
+            self.other = nn.Linear(128, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.function(self.up(x), x)
+            return self.down(y).sin() + self.other(y)
+
+    for config in ({"down": ACT}, {"down": ACT, "other": ACT}):
+        found = captured(Two(), leaf(70, 64), config)
+        assert [site.fused for site in found.report.sites] == [None] * len(config)
+        assert found.text.count("sparse_pass.sparsify_input(") == 1
+        compare(Two().bfloat16(), config, leaf(70, 64))
+
+
+# Reasons
+
+
+HOPPER = Limits(device="cuda", capability=(9, 0))
+AUTO = sp.ActivationSparsity()
+
+
+class By(nn.Module):
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.multiply, self.w = multiply, nn.Parameter(torch.randn(*shape) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x.cos(), self.w).sin()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "limits", "reason"),
+    [
+        (AUTO, HOPPER, ""),
+        (ACT, Limits(device="cpu"), ""),
+        (AUTO, Limits(device="cpu"), "no 2:4 kernels on cpu"),
+        (ACT, Limits(device="mps"), "no 2:4 kernels on mps"),
+        (
+            AUTO, Limits(device="cuda", capability=(7, 5)),
+            "SM75 has no sparse tensor cores: compute capability 8.0 (A100) or newer is needed",
+        ),
+        (AUTO, replace(HOPPER, unavailable="no library"), "no library"),
+        (replace(AUTO, backend="masked_dense"), HOPPER, "backend='masked_dense' was asked for"),
+        (
+            replace(AUTO, mask="rowwise"), HOPPER,
+            "masks of single rows have no kernels, as grad_weight could not use them; "
+            "grad_weight: a rowwise mask is not 2:4 along M, over which it contracts",
+        ),
+    ],
+)  # fmt: skip
+def test_devices(scheme: Any, limits: Limits, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed does not depend on the device."""
+    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
+    found = captured(Up(), leaf(8, 64), {"up": scheme})
+    (site,) = found.report.sites
+    kernel = "masked_dense" if reason else "cusparselt" if limits is HOPPER else "reference"
+    assert (site.reason, site.output, site.grad_weight) == (reason, kernel, kernel)
+    assert found.text.count("sparse_pass.input_mask24(") == (kernel == "masked_dense")
+
+
+WAYS = {
+    "bmm": (
+        lambda x, w: torch.bmm(x, w.T.expand(2, 64, 128)), (128, 64), (2, 11, 64),
+        "the graph has it as aten.bmm.default, which has no sparse kernel",
+    ),
+    "weight left": (lambda x, w: w @ x, (128, 64), (64, 11), "the weight is the left operand of the matmul"),
+    "scaled": (
+        lambda x, w: torch.addmm(x[:, :1], x, w.T, beta=0.5, alpha=2), (128, 64), (11, 64),
+        "addmm with {'beta': 0.5, 'alpha': 2} has no sparse kernel",
+    ),
+    "float32": (
+        lambda x, w: F.linear(x.float(), w.float()).bfloat16(), (128, 64), (11, 64),
+        "float32 has no 2:4 kernels, only float16 and bfloat16",
+    ),
+    "K": (
+        lambda x, w: x @ w.T, (128, 48), (11, 48),
+        "K and N are 48 and 128: a 2:4 input needs multiples of 64 and 16",
+    ),
+    "N": (
+        lambda x, w: x @ w.T, (72, 64), (11, 64), "K and N are 64 and 72: a 2:4 input needs multiples of 64 and 16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_reasons(way: str) -> None:
+    multiply, shape, size, reason = WAYS[way]
+    found = captured(By(multiply, *shape), leaf(*size), {"w": ACT})
+    (site,) = found.report.sites
+    assert (site.status, site.output, site.grad_weight) == ("masked_dense", "masked_dense", "masked_dense")
+    assert site.reason == reason
