@@ -446,12 +446,12 @@ def test_golden_conv1d_sparse() -> None:
 sin = aten.sin(primals_1)
 view = aten.view(sin)  # up
 sparsify = sparse_pass.sparsify(primals_3, 'optimal')  # up
-getitem = sparsify[0]  # up
-getitem_1 = sparsify[1]  # up
-linear = sparse_pass.linear(view, getitem_1, primals_2, 128)  # up
+getitem = sparsify[1]  # up
+getitem_1 = sparsify[0]  # up
+linear = sparse_pass.linear(view, getitem, primals_2, 128)  # up
 view_1 = aten.view(linear)  # up
 view_2 = aten.view(tangents_1)  # up, backward
-linear_1 = sparse_pass.linear(view_2, getitem, None, 64)  # up, backward
+linear_1 = sparse_pass.linear(view_2, getitem_1, None, 64)  # up, backward
 randint = aten.randint(0, 4611686018427387904, [1])  # up, backward
 sparsify_mvue_sum = sparse_pass.sparsify_mvue_sum(view_2, randint)  # up, backward
 getitem_2 = sparsify_mvue_sum[0]  # up, backward
