@@ -160,8 +160,7 @@ def why_not_sparse_input(
 
 def _why_no_input_kernel(linear: Linear) -> str | None:
     input = input_of(linear.output)
-    if input is None or not input.k_last or input.chain:
-        return "the input is the right operand of the matmul"
+    assert input is not None  # the weight is the right operand: `_why_no_scaled_call`
     value = input.node.meta["val"]
     if value.dtype not in KERNEL_DTYPES:
         return f"{str(value.dtype).removeprefix('torch.')} has no 2:4 kernels, only float16 and bfloat16"
