@@ -423,7 +423,8 @@ def compare_inputs(
             dense = errors(run(model, dict(model.named_parameters()), [x], **options), expected)
             if x.numel():
                 assert max(dense[key] for key in dense if key.startswith("output")) > 5 * tolerance
-                if backward:
+                # A frozen weight leaves the gradients of bias and input, which the mask reaches by detours only.
+                if backward and any(site.grad_weight for site in backend.report.sites):
                     assert max(dense[key] for key in dense if "gradient" in key) > 5 * tolerance
     count = len(config) if sites is None else sites
     assert len(backend.report.sites) == count * (1 if dynamic else len(batches)), str(backend.report)
