@@ -47,7 +47,9 @@ DIRECT = {"sparsify": 2, "linear_into": 4}
 Calls = tuple[dict[str, int], dict[str, int]]
 
 
-def calls(model: nn.Module, x: torch.Tensor, config: Mapping[str, Any] = BOTH, **how: Any) -> Calls:
+def calls(
+    model: nn.Module, x: torch.Tensor, config: Mapping[str, Any] = BOTH, tolerance: float = BFLOAT16, **how: Any
+) -> Calls:
     """Train one step right. What forward and backward code call directly, and what by the op, with how often."""
     parameters = dict(model.named_parameters())
     # The random numbers of eager torch.
@@ -63,7 +65,7 @@ def calls(model: nn.Module, x: torch.Tensor, config: Mapping[str, Any] = BOTH, *
         torch.manual_seed(1)
         expected = run(torch.compile(model, backend=sp.sparse_backend(dense, inner="aot_eager")), parameters, [x])
     found = errors(actual, expected)
-    assert max(found.values()) < BFLOAT16, found
+    assert max(found.values()) < tolerance, found
     text = "\n".join(code)
     direct, by_op = r"sparse_pass\.reference\w*\.(\w+)\(", r"ops\.sparse_pass\.(\w+)\.default\("
     return dict(Counter(re.findall(direct, text))), dict(Counter(re.findall(by_op, text)))
@@ -118,8 +120,9 @@ def test_direct_calls_for_inputs_and_gradients(model: nn.Module) -> None:
 
 
 def test_direct_calls_for_a_fused_gate() -> None:
+    """The kernel rounds once, eager torch the SiLU and the product: masks of near ties differ."""
     model = Gated().bfloat16()
-    assert calls(model, leaf(64, 64), {"down": ACT}) == (INPUT_CALLS, {})
+    assert calls(model, leaf(64, 64), {"down": ACT}, tolerance=8e-2) == (INPUT_CALLS, {})
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["padded", "unknown"])
