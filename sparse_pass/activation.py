@@ -29,7 +29,7 @@ from . import input_ops as _input_ops  # noqa: F401  (registers torch.ops.sparse
 from . import ops as _ops  # noqa: F401
 from .editor import Editor
 from .fusion import Activation, activation_of
-from .gemms import Input, Linear, aten, input_of, made_by, trace
+from .gemms import Input, Linear, aten, bias_of, input_of, made_by, trace
 from .gradient import multiply_sparse
 
 sparse_ops = torch.ops.sparse_pass
@@ -133,7 +133,7 @@ def rewrite_input_sparse(
     if gemm.target is not aten.linear.default:
         weight = edit.flipped(weight, gemm)
     result = edit.call_before(gemm, sparse_ops.input_linear.default, (packed, weight, count), kwargs)
-    edit.finish_gemm(gemm, result, _bias(gemm), sizes)
+    edit.finish_gemm(gemm, result, bias_of(gemm), sizes)
     edit.erase_unused(linear.output.operand)
     if grad_weight:
         assert linear.grad_weight is not None
@@ -152,12 +152,6 @@ def _input(linear: Linear) -> Input:
     input = input_of(linear.output)
     assert input is not None
     return input
-
-
-def _bias(gemm: Node) -> object:
-    if gemm.target is aten.addmm.default:
-        return gemm.args[0]
-    return gemm.args[2] if len(gemm.args) > 2 else gemm.kwargs.get("bias")
 
 
 def _mask(edit: Editor, input: Input, mask: str, before: Node) -> Node:

@@ -127,7 +127,7 @@ def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
 
         with torch.cuda.device(grad.device):
             return mvue.sparsify_mvue_sum(grad, seed)
-    return sparsify_mvue(grad, seed), _padded_rows(grad.float()).view(-1, 64, grad.shape[1]).sum(1)
+    return sparsify_mvue(grad, seed), reference_mvue.sums(grad)
 
 
 def grad_weight(packed: Tensor, input: Tensor, out_features: int, tuned: bool) -> Tensor:
@@ -157,7 +157,7 @@ def input_linear(packed: Tensor, weight: Tensor, rows: int, tuned: bool) -> Tens
     """`torch.ops.sparse_pass.input_linear` for arguments that are known to be right."""
     if rows == 0:
         return weight.new_empty(0, weight.shape[0])
-    return _product("input", packed, weight, rows + -rows % 64, tuned)[:rows]
+    return _product("input", packed, weight, reference.padded(rows), tuned)[:rows]
 
 
 def input_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int, tuned: bool) -> Tensor:
@@ -192,7 +192,8 @@ def _product(form: Form, packed: Tensor, dense: Tensor, rows: int, tuned: bool) 
 
 def _padded_rows(matrix: Tensor) -> Tensor:
     """With rows of zeros up to a multiple of 64, which meet zeros that are not stored: any number would do but NaN."""
-    return F.pad(matrix, (0, 0, 0, -matrix.shape[0] % 64)) if matrix.shape[0] % 64 else matrix
+    added = reference.padded(matrix.shape[0]) - matrix.shape[0]
+    return F.pad(matrix, (0, 0, 0, added)) if added else matrix
 
 
 @functools.cache

@@ -149,6 +149,13 @@ def input_of(use: Use) -> Input | None:
     return Input(operand, other, (), False)
 
 
+def bias_of(gemm: Node) -> object:
+    """The bias of an addmm or a linear; None if it has none, or for an mm."""
+    if gemm.target is aten.addmm.default:
+        return gemm.args[0]
+    return gemm.args[2] if len(gemm.args) > 2 else None
+
+
 def _product_and_sum(mul: Node) -> tuple[tuple[int, Layout], ...]:
     """The same for matmuls of one row as Inductor decomposes them.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cuda_ops, reference_mvue
+from . import cuda_ops, reference, reference_mvue
 from .ops import PACKED_DTYPES, forward_only, refuse_to_trace
 
 _LIBRARY = torch.library.Library("sparse_pass", "FRAGMENT")
@@ -45,16 +45,16 @@ def _check_mvue(grad: Tensor, seed: Tensor) -> None:
 
 def _check_sparsify_mvue(grad: Tensor, seed: Tensor) -> None:
     _check_mvue(grad, seed)
-    if grad.dtype not in PACKED_DTYPES or grad.shape[1] % reference_mvue.TILE or grad.shape[1] == 0:
+    if grad.dtype not in PACKED_DTYPES or grad.shape[1] % reference.TILE or grad.shape[1] == 0:
         raise ValueError(
             f"grad is {grad.dtype} {list(grad.shape)}; to be packed it must be float16 or bfloat16 [M, N] with N a "
-            f"multiple of {reference_mvue.TILE}: use mvue24, the same as a dense tensor"
+            f"multiple of {reference.TILE}: use mvue24, the same as a dense tensor"
         )
 
 
 def _check_grad_weight(packed: Tensor, input: Tensor, out_features: int) -> None:
-    fits = input.dim() == 2 and packed.dim() == 1 and out_features % reference_mvue.TILE == 0
-    if not fits or packed.numel() != _packed_numel(input.shape[0], out_features):
+    fits = input.dim() == 2 and packed.dim() == 1 and out_features % reference.TILE == 0
+    if not fits or packed.numel() != reference.packed_numel(input.shape[0], out_features):
         raise ValueError(
             f"packed {list(packed.shape)} and input {list(input.shape)} do not fit out_features={out_features}: input "
             "must be [M, K] and packed as sparsify_mvue returns it for grad [M, out_features]"
@@ -64,10 +64,6 @@ def _check_grad_weight(packed: Tensor, input: Tensor, out_features: int) -> None
             f"packed is {packed.dtype} and input {input.dtype}; both must be float16 or both bfloat16: convert grad or "
             "input first"
         )
-
-
-def _packed_numel(rows: int, cols: int) -> int:
-    return cols * (reference_mvue.padded(rows) // 16) * 9
 
 
 # Fakes
@@ -84,13 +80,15 @@ def _mvue24_fake(grad: Tensor, seed: Tensor) -> Tensor:
 def _sparsify_mvue_fake(grad: Tensor, seed: Tensor) -> Tensor:
     _check_sparsify_mvue(grad, seed)
     refuse_to_trace(grad)
-    return grad.new_empty(_packed_numel(*grad.shape))
+    return grad.new_empty(reference.packed_numel(*grad.shape))
 
 
 @torch.library.register_fake("sparse_pass::sparsify_mvue_sum", lib=_LIBRARY)
 def _sparsify_mvue_sum_fake(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols = grad.shape
-    return _sparsify_mvue_fake(grad, seed), grad.new_empty((rows + 63) // 64, cols, dtype=torch.float32)
+    return _sparsify_mvue_fake(grad, seed), grad.new_empty(
+        reference.padded(rows) // reference.TILE, cols, dtype=torch.float32
+    )
 
 
 @torch.library.register_fake("sparse_pass::grad_weight", lib=_LIBRARY)

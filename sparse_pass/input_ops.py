@@ -38,7 +38,12 @@ def _check_sparsify(input: Tensor, gate: Tensor | None, mask: str, activation: s
     for what, tensor in (("input", input), ("gate", gate)):
         if tensor is None:
             continue
-        if tensor.dim() != 2 or tensor.dtype not in PACKED_DTYPES or tensor.shape[1] % 64 or tensor.shape[1] == 0:
+        if (
+            tensor.dim() != 2
+            or tensor.dtype not in PACKED_DTYPES
+            or tensor.shape[1] % reference.TILE
+            or tensor.shape[1] == 0
+        ):
             raise ValueError(
                 f"{what} is {tensor.dtype} {list(tensor.shape)}; to be packed it must be float16 or bfloat16 [M, K] "
                 "with K a multiple of 64: use input_mask24 and dense matmuls"
@@ -47,17 +52,13 @@ def _check_sparsify(input: Tensor, gate: Tensor | None, mask: str, activation: s
             raise ValueError(f"gate is {tensor.dtype} {list(tensor.shape)}, not {input.dtype} {list(input.shape)}")
 
 
-def _packed_numel(rows: int, cols: int) -> int:
-    return (rows + 63) // 64 * cols * 36
-
-
 def _features(weight: Tensor) -> int:
     return weight.shape[1] if weight.dim() == 2 else 0
 
 
 def _check_product(packed: Tensor, dense: Tensor, rows: int, cols: int, what: str) -> None:
-    fits = dense.dim() == 2 and packed.dim() == 1 and cols % 64 == 0
-    if not fits or packed.numel() != _packed_numel(rows, cols):
+    fits = dense.dim() == 2 and packed.dim() == 1 and cols % reference.TILE == 0
+    if not fits or packed.numel() != reference.packed_numel(rows, cols):
         raise ValueError(
             f"packed {list(packed.shape)} and {what} {list(dense.shape)} do not fit [M, K] of {[rows, cols]}: packed "
             "must be what sparsify_input returns for an input of this shape"
@@ -75,7 +76,7 @@ def _check_product(packed: Tensor, dense: Tensor, rows: int, cols: int, what: st
 def _sparsify_input_fake(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
     _check_sparsify(input, gate, mask, activation)
     refuse_to_trace(input, gate)
-    numel = _packed_numel(*input.shape)
+    numel = reference.packed_numel(*input.shape)
     return input.new_empty(numel), input.new_empty(numel)
 
 

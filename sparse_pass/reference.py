@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 MASKS = ("optimal", "greedy")
+TILE = 64
+"""The packed layout is made of 64x64 tiles."""
 
 # The six pairs of columns in lexicographic order, so that pair 5 - e is the complement of pair e, and the three ways
 # to split the four columns into two pairs.
@@ -159,6 +161,16 @@ def _greedy(lines: Tensor) -> Tensor:
         in_row.scatter_add_(0, row, keep.to(torch.int8))
         in_col.scatter_add_(0, col, keep.to(torch.int8))
     return kept
+
+
+def padded(rows: int) -> int:
+    """Rows rounded up to whole tiles."""
+    return (rows + TILE - 1) // TILE * TILE
+
+
+def packed_numel(rows: int, cols: int) -> int:
+    """Elements of a packed [padded(rows), cols], and of its transpose."""
+    return padded(rows) // 16 * cols * 9
 
 
 def pack(weight: Tensor, mask: Tensor) -> Tensor:

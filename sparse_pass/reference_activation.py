@@ -21,8 +21,6 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu_gate": lambda x, gate: F.silu(x) * gate,
 }
 GATED = frozenset({"silu_gate"})
-TILE = 64
-"""The packed layout is made of 64x64 tiles: M is padded to a multiple."""
 
 
 def input_mask24(input: Tensor, mask: str, tile_mask: Callable[[Tensor, str], Tensor] = reference.mask24) -> Tensor:
@@ -67,18 +65,14 @@ def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: st
     Mp is M rounded up to a multiple of 64, and what is added counts as zeros.
     """
     x = activate(input.detach(), gate, activation)
-    x = F.pad(x, (0, 0, 0, -x.shape[0] % TILE))
+    x = F.pad(x, (0, 0, 0, -x.shape[0] % reference.TILE))
     kept = reference.mask24(x, mask) if x.shape[0] else torch.zeros(x.shape, dtype=torch.bool)
     return reference.pack(x, kept), reference.pack(x.T, kept.T)
 
 
-def _padded(rows: int) -> int:
-    return (rows + TILE - 1) // TILE * TILE
-
-
 def input_linear(packed: Tensor, weight: Tensor, rows: int) -> Tensor:
     """Multiply: packed S(x) [Mp, K], weight [N, K] -> [M, N]."""
-    return reference.unpack(packed, _padded(rows), weight.shape[1])[:rows] @ weight.T
+    return reference.unpack(packed, reference.padded(rows), weight.shape[1])[:rows] @ weight.T
 
 
 def input_linear_into(packed: Tensor, weight: Tensor, *, tuned: bool, out: Tensor) -> None:
@@ -89,7 +83,7 @@ def input_linear_into(packed: Tensor, weight: Tensor, *, tuned: bool, out: Tenso
 def input_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int) -> Tensor:
     """Multiply: packed S(x)^T [K, Mp], grad_output [M, N] -> grad_output^T S(x) [N, K]."""
     rows = grad_output.shape[0]
-    return grad_output.T @ reference.unpack(packed_t, in_features, _padded(rows))[:, :rows].T
+    return grad_output.T @ reference.unpack(packed_t, in_features, reference.padded(rows))[:, :rows].T
 
 
 def input_grad_weight_into(packed_t: Tensor, grad_output: Tensor, *, tuned: bool, out: Tensor) -> None:

@@ -17,9 +17,6 @@ from torch import Tensor
 
 from . import reference
 
-TILE = 64
-"""The packed layout is made of 64x64 tiles: M is padded to a multiple."""
-
 _MASK32 = 0xFFFFFFFF
 _PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -28,11 +25,6 @@ _PHILOX_KEYS = (0x9E3779B9, 0xBB67AE85)
 
 _TINY = 2.0**-140
 """Not 0, and 0 in 16 bits."""
-
-
-def padded(rows: int) -> int:
-    """Mp: M rounded up to a multiple of 64."""
-    return (rows + TILE - 1) // TILE * TILE
 
 
 def philox(seed: Tensor, offset: Tensor) -> Tensor:
@@ -121,7 +113,7 @@ def _estimate(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     float32 (in float64 for float64); values that are kept are rounded to grad's dtype at the end.
     """
     rows, cols = grad.shape
-    groups = padded(rows) // 4
+    groups = reference.padded(rows) // 4
     turned = torch.nn.functional.pad(grad.detach().T, (0, 4 * groups - rows))
     values = torch.empty(cols, 4 * groups, dtype=grad.dtype, device=grad.device)
     kept = torch.empty(cols, 4 * groups, dtype=torch.bool, device=grad.device)
@@ -151,16 +143,21 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
 
 
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, and the sums of grad over 64 rows each: float32 [Mp / 64, N]. Their sum is the gradient of a bias."""
+    """The same, and `sums`."""
+    return sparsify_mvue(grad, seed), sums(grad)
+
+
+def sums(grad: Tensor) -> Tensor:
+    """The sums of grad over 64 rows each: float32 [Mp / 64, N]. Their sum is the gradient of a bias."""
     rows, cols = grad.shape
-    blocks = torch.nn.functional.pad(grad.float(), (0, 0, 0, padded(rows) - rows)).view(-1, TILE, cols)
-    return sparsify_mvue(grad, seed), blocks.sum(1)
+    added = reference.padded(rows) - rows
+    return torch.nn.functional.pad(grad.float(), (0, 0, 0, added)).view(-1, reference.TILE, cols).sum(1)
 
 
 def grad_weight(packed: Tensor, input: Tensor, out_features: int) -> Tensor:
     """Multiply: packed [N, Mp] of `sparsify_mvue`, input [M, K] -> [N, K]."""
     rows = input.shape[0]
-    return reference.unpack(packed, out_features, padded(rows))[:, :rows] @ input
+    return reference.unpack(packed, out_features, reference.padded(rows))[:, :rows] @ input
 
 
 def grad_weight_into(packed: Tensor, input: Tensor, *, tuned: bool, out: Tensor) -> None:

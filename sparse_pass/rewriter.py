@@ -30,7 +30,7 @@ from torch.fx.node import map_arg
 from . import ops as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
 from .config import WeightSparsity
 from .editor import Editor
-from .gemms import Linear, Use, aten
+from .gemms import Linear, Use, aten, bias_of
 from .legal import reads_rows
 
 sparse_ops = torch.ops.sparse_pass
@@ -156,11 +156,7 @@ class Rewriter:
 
     def _sparse(self, use: Use, packed: Node) -> None:
         gemm = use.gemm
-        if gemm.target is aten.addmm.default:
-            bias, input = gemm.args[0], gemm.args[1]
-        else:
-            input = gemm.args[0]
-            bias = gemm.args[2] if len(gemm.args) > 2 else None
+        bias, input = bias_of(gemm), gemm.args[1 if gemm.target is aten.addmm.default else 0]
         assert isinstance(input, Node)
         sizes = input.meta["val"].shape
         out_features = gemm.meta["val"].shape[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,3 +29,16 @@ def fresh_compiler() -> Iterator[None]:
     torch.manual_seed(0)
     with inductor_config.patch(force_disable_caches=True):
         yield
+
+
+@pytest.fixture
+def tuning_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where timings go, empty, with nothing in memory either."""
+    from sparse_pass.kernels import timings, tuner
+
+    monkeypatch.setenv(timings.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(timings, "_KNOWN", {})
+    monkeypatch.setattr(tuner, "_CHOSEN", {})
+    timings.path.cache_clear()
+    yield tmp_path
+    timings.path.cache_clear()

@@ -493,7 +493,8 @@ def assert_same_packed(actual: Tensor, expected: Tensor, about: object) -> None:
     """Bit for bit, but for the payload of a NaN."""
     (values, metadata), (their_values, their_metadata) = split_packed(actual), split_packed(expected)
     for name, wrong in (("values", bits(values) != bits(their_values)), ("metadata", metadata != their_metadata)):
-        assert not wrong.any(), f"{about}: {int(wrong.sum())} of {wrong.numel()} {name} differ"
+        places = wrong.nonzero()[:4].flatten().tolist()
+        assert not wrong.any(), f"{about}: {int(wrong.sum())} of {wrong.numel()} {name} differ, first at {places}"
 
 
 # Graphs

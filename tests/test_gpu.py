@@ -216,19 +216,6 @@ def test_mask_follows_the_live_weight():
     assert relative_error(run(x), expected) < 1e-2
 
 
-@pytest.fixture
-def tuning_folder(tmp_path, monkeypatch):
-    """Where timings go, empty, with nothing in memory either."""
-    from sparse_pass.kernels import timings, tuner
-
-    monkeypatch.setenv(timings.DIRECTORY_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(timings, "_KNOWN", {})
-    monkeypatch.setattr(tuner, "_CHOSEN", {})
-    timings.path.cache_clear()
-    yield tmp_path
-    timings.path.cache_clear()
-
-
 def test_tuning_measures_once_and_changes_nothing_but_speed(tuning_folder, monkeypatch):
     from sparse_pass.kernels import measure, timings, tuner
 

@@ -34,19 +34,6 @@ def _sm90_layout() -> None:
         pytest.skip("another layout")
 
 
-@pytest.fixture
-def tuning_folder(tmp_path, monkeypatch):
-    """Where timings go, empty, with nothing in memory either."""
-    from sparse_pass.kernels import timings, tuner
-
-    monkeypatch.setenv(timings.DIRECTORY_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(timings, "_KNOWN", {})
-    monkeypatch.setattr(tuner, "_CHOSEN", {})
-    timings.path.cache_clear()
-    yield tmp_path
-    timings.path.cache_clear()
-
-
 def normal(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, device="cuda").to(dtype)
 

@@ -44,7 +44,7 @@ ALLOWED = {
     "backward": "gemms",
     "gemms": "",
     "lowering": "cuda_ops grad_ops input_ops ops",
-    "grad_ops": "cuda_ops ops reference_mvue",
+    "grad_ops": "cuda_ops ops reference reference_mvue",
     "ops": "cuda_ops reference reference_activation",
     "reference_activation": "reference",
     "cuda_ops": "kernels reference reference_activation reference_mvue",

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from support import assert_same_packed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -57,25 +58,6 @@ def special(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
 
 def ties(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-2, 3, (rows, cols), device="cuda").to(dtype)
-
-
-def bits(values: Tensor) -> Tensor:
-    """16-bit values as integers, all NaN alike: a conversion may choose their payload."""
-    return torch.where(values.isnan(), 0x7FFF, values.view(torch.int16))
-
-
-def assert_same_packed(actual: Tensor, expected: Tensor, about: object) -> None:
-    half = actual.numel() // 9 * 8
-    wrong = {
-        "values": bits(actual[:half]) != bits(expected[:half]),
-        "metadata bytes": actual[half:].view(torch.uint8) != expected[half:].view(torch.uint8),
-    }
-    report = {
-        name: f"{int(w.sum())} of {w.numel()} differ, first at {w.nonzero()[:4].flatten().tolist()}"
-        for name, w in wrong.items()
-        if w.any()
-    }
-    assert not report, f"{about}: {report}"
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -77,11 +77,10 @@ def preparation_of(
             return Timing(0, _time(lambda: mvue.sparsify_mvue(dense, seed)), _time(lambda: mvue.mvue24(dense, seed)))
         if operand == "S(X)":
             packed_us = _time(lambda: sparsify.sparsify_input(dense, None, mask, "none"))
-            whole = dense[: shape[0] // 4 * 4]
-            return Timing(0, packed_us, _time(lambda: torch.where(sparsify.mask24(whole, mask), whole, zero)))
-        packed_us = _time(lambda: sparsify.sparsify(dense, mask, dtype))
-        masked_us = _time(lambda: torch.where(sparsify.mask24(dense, mask), dense, zero).to(dtype))
-        return Timing(0, packed_us, masked_us)
+        else:
+            packed_us = _time(lambda: sparsify.sparsify(dense, mask, dtype))
+        tiles = dense[: shape[0] // 4 * 4]  # all of W
+        return Timing(0, packed_us, _time(lambda: torch.where(sparsify.mask24(tiles, mask), tiles, zero).to(dtype)))
 
     return _measured(file, name, device, f"{operand} of {list(shape)}", race, (0,))
 
