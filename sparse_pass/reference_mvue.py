@@ -24,7 +24,8 @@ _PHILOX_KEYS = (0x9E3779B9, 0xBB67AE85)
 
 
 _TINY = 2.0**-140
-"""Not 0, and 0 in 16 bits."""
+"""Not 0, and 0 in 16 bits; nothing beside 2^-116 and more."""
+_SMALLEST_NORMAL = 2.0**-126
 
 
 def philox(seed: Tensor, offset: Tensor) -> Tensor:
@@ -52,14 +53,14 @@ def _multiply32(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def uniform(seed: Tensor, offset: Tensor) -> Tensor:
-    """float32 in [0, 1), offset's shape and a dim of 4: the upper 24 bits of each word of `philox`, over 2^24."""
-    return (philox(seed, offset) >> 8).to(torch.float32) * 2.0**-24
+    """float32 in [0, 1), offset's shape and a dim of 4: the upper 23 bits of each word of `philox`, over 2^23."""
+    return (philox(seed, offset) >> 9).to(torch.float32) * 2.0**-23
 
 
 def choose(group: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Draw the survivors of groups: which two of four are kept, and the values.
 
-    group: float32 or float64 [..., 4]; u: [...] of the same dtype, in [0, 1), a multiple of 2^-24. Returns bool
+    group: float32 or float64 [..., 4]; u: [...] of the same dtype, in [0, 1), a multiple of 2^-23. Returns bool
     [..., 4], two of four, and [..., 4] values, zero where not kept.
 
     Of estimates that keep element i with probability p_i and then give g_i / p_i, which is g_i in expectation with the
@@ -69,10 +70,10 @@ def choose(group: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
         rest    = (min(a_0, a_1) + min(a_2, a_3)) + min(max(a_0, a_1), max(a_2, a_3))     all but the largest
         largest = max(max(a_0, a_1), max(a_2, a_3))
-        h       = max(min(rest, (rest + largest) * 0.5), 2^-140)     which counts as 0 where it is kept
+        h       = min(rest, (rest + largest) * 0.5) + 2^-140         where 2^-140 counts as 0 if that is kept
         b_i     = min(a_i, h)                                        p_i = b_i / h
         e_0 = b_0, e_1 = e_0 + b_1, e_2 = e_1 + b_2, e_3 = 2 h
-        t       = (u 2^24) (h 2^-24)
+        t       = u h, or 0 if that is below 2^-126, or NaN if h is infinite
 
     the interval [e_(i-1), e_i) has the length p_i h, and elements are kept whose interval holds t or t + h (systematic
     sampling), by counting the ends that the point is not before:
@@ -81,8 +82,8 @@ def choose(group: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         second = the number of i < 3 with t >= e_i - h, at least first + 1
 
     and have the larger one of h and a_i as their magnitude. Every sum, difference and product above is rounded once, in
-    this order; t < h in floating point too, as u has 24 bits (unless h is below 2^-102, where a float32 has fewer). The
-    one product that goes into a sum is exact, so that fused multiply-adds change nothing.
+    this order; t < h in floating point too, as u has 23 bits. The one product that goes into a sum is exact, so that
+    fused multiply-adds change nothing.
 
     One or two nonzeros are kept as they are. Zeros are kept as zeros, and what is sure is kept: up to the rounding of
     e_i, which matters only if magnitudes of a group differ by more than a float32 has bits, and then less than once in
@@ -91,11 +92,12 @@ def choose(group: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     a0, a1, a2, a3 = group.abs().unbind(-1)
     upper, lower = torch.maximum(a0, a1), torch.maximum(a2, a3)
     rest = (torch.minimum(a0, a1) + torch.minimum(a2, a3)) + torch.minimum(upper, lower)
-    h = torch.minimum(rest, (rest + torch.maximum(upper, lower)) * 0.5).clamp(min=_TINY)
+    h = torch.minimum(rest, (rest + torch.maximum(upper, lower)) * 0.5) + _TINY
     e0 = torch.minimum(a0, h)
     e1 = e0 + torch.minimum(a1, h)
     e2 = e1 + torch.minimum(a2, h)
-    t = (u * 2**24) * (h * 2.0**-24)
+    t = u * h
+    t = t.masked_fill(t < _SMALLEST_NORMAL, 0) + (h - h)
     first = (t >= e0).int() + (t >= e1)
     second = (t >= e0 - h).int() + (t >= e1 - h) + (t >= e2 - h)
     second = torch.maximum(second, first + 1)

@@ -70,14 +70,14 @@ def pair_up(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def twice(x, DTYPE: tl.constexpr):
-    """A float32, rounded to 16 bits, in both halves of a word."""
+def round_pair(a, b, DTYPE: tl.constexpr):
+    """Two float32, rounded to 16 bits, as a word: a in the low half."""
     if _INTERPRETED:
-        return pair_up(x, x, DTYPE)
+        return pair_up(a, b, DTYPE)
     elif tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", [x], tl.int32, True, 1)
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], tl.int32, True, 1)
     else:
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [x], tl.int32, True, 1)
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], tl.int32, True, 1)
 
 
 @triton.jit

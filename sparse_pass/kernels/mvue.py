@@ -21,7 +21,7 @@ from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-def
 
 from . import layout, tiles
 
-_WARPS = 4
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -43,9 +43,8 @@ def _philox(seed, offset):
     return c0, c1, c2, c3
 
 
-# What stands for element i of a group, from here on: the byte selector of its two bytes, see `layout.permute_bytes`.
+# What stands for element i of a group: the byte selector of its two bytes, see `layout.permute_bytes`.
 _ELEMENT = tl.constexpr((0x10, 0x32, 0x54, 0x76))
-_NEXT = tl.constexpr(0x22)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -60,37 +59,60 @@ def _larger(x, y):
 
 
 @triton.jit
+def _part(word, h):
+    """u h, for u of the upper 23 bits of a random word: (1 + u) h - h, rounded once."""
+    one_and_u = ((word >> 9) + 0x3F800000).to(tl.float32, bitcast=True)
+    if _INTERPRETED:
+        t = (one_and_u - 1.0) * h
+        return tl.where(t < 1.1754943508222875e-38, 0.0, t) + (h - h)
+    else:
+        asm: tl.constexpr = "{ .reg .f32 minus; neg.f32 minus, $2; fma.rn.ftz.f32 $0, $1, $2, minus; }"
+        return tl.inline_asm_elementwise(asm, "=f,f,f", [one_and_u, h], tl.float32, True, 1)
+
+
+@triton.jit
+def _reached(t, end):
+    """1.0 if t >= end, otherwise 0.0, in one instruction."""
+    if _INTERPRETED:
+        return tl.where(t >= end, 1.0, 0.0)
+    else:
+        return tl.inline_asm_elementwise("set.ge.f32.f32 $0, $1, $2;", "=f,f,f", [t, end], tl.float32, True, 1)
+
+
+@triton.jit
 def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
-    """The group x[FIRST], x[FIRST + 4], ... and a random word -> its two kept values as a word, and which they are:
-    their elements in the low two bytes. Names as in `reference_mvue.choose`."""
+    """The group x[FIRST], x[FIRST + 4], ... and a random word -> its two kept values as a word, which they are (their
+    elements in the low two bytes, above them anything), and its sum. Names as in `reference_mvue.choose`."""
     low = layout.pair_up(x[FIRST], x[FIRST + 4], DTYPE)
     high = layout.pair_up(x[FIRST + 8], x[FIRST + 12], DTYPE)
-    a0, a1 = tiles.magnitudes(low, DTYPE)
-    a2, a3 = tiles.magnitudes(high, DTYPE)
+    x0, x1 = tiles.numbers(low, DTYPE)
+    x2, x3 = tiles.numbers(high, DTYPE)
+    a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     upper, lower = _larger(a0, a1), _larger(a2, a3)
     rest = (_smaller(a0, a1) + _smaller(a2, a3)) + _smaller(upper, lower)
-    h = _smaller(rest, (rest + _larger(upper, lower)) * 0.5)
     # 2^-140, by its bits: Triton 3.6 takes a denormal constant for a float64.
-    h = _larger(h, tl.full(h.shape, 512, tl.int32).to(tl.float32, bitcast=True))
+    h = _smaller(rest, (rest + _larger(upper, lower)) * 0.5) + tl.full(rest.shape, 512, tl.int32).to(
+        tl.float32, bitcast=True
+    )
     e0 = _smaller(a0, h)
     e1 = e0 + _smaller(a1, h)
     e2 = e1 + _smaller(a2, h)
-    t = (word >> 8).to(tl.int32).to(tl.float32) * (h * (1.0 / 16777216.0))
-    first = tl.where(t >= e1, _ELEMENT[2], tl.where(t >= e0, _ELEMENT[1], _ELEMENT[0]))
-    second = tl.where(t >= e1 - h, _ELEMENT[2], tl.where(t >= e0 - h, _ELEMENT[1], _ELEMENT[0]))
-    second = tl.where(t >= e2 - h, _ELEMENT[3], second)
-    second = tl.maximum(second, first + _NEXT)
-
-    chosen = first | (second << 8)
+    t = _part(word, h)
+    first = _reached(t, e0) + _reached(t, e1)
+    second = _reached(t, e0 - h) + _reached(t, e1 - h) + _reached(t, e2 - h)
+    second = tl.maximum(second, first + 1.0)
+    # Selectors of bytes: 0x10 + 0x22 * element of the first, and of the second one byte further up. Added to 2^23 they
+    # are the low bits of a float32: the ALU has enough to do.
+    chosen = (first * 34.0 + (second * 8704.0 + 8392720.0)).to(tl.int32, bitcast=True)
     values = layout.permute_bytes(low, high, chosen)
     # -2147450880 is 0x80008000, the signs. As 16-bit integers: above the bits of the infinities there is only NaN.
-    return layout.larger_halves(values & 0x7FFF7FFF, layout.twice(h, DTYPE)) | (values & -2147450880), chosen
+    return layout.larger_halves(values & 0x7FFF7FFF, layout.round_pair(h, h, DTYPE)) | (values & -2147450880), chosen, (x0 + x1) + (x2 + x3)
 
 
 @triton.jit
 def _nibbles(low, high):
     """The metadata nibbles of two groups, in bytes 0 and 2, from their chosen elements."""
-    both = low | (high << 16)
+    both = layout.permute_bytes(low, high, tl.full(low.shape, 0x5410, tl.int32))
     return ((both >> 5) & 0x00030003) | ((both >> 11) & 0x000C000C)
 
 
@@ -99,15 +121,8 @@ def _element(group, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
     """One element of a group."""
     words = group[0].to(tl.uint32, bitcast=True)
     low = tl.where((group[1] & 0xFF) == ELEMENT, words.to(tl.uint16), tl.zeros(words.shape, tl.uint16))
-    bits = tl.where((group[1] >> 8) == ELEMENT, (words >> 16).to(tl.uint16), low)
+    bits = tl.where(((group[1] >> 8) & 0xFF) == ELEMENT, (words >> 16).to(tl.uint16), low)
     return bits.to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def _column_sum(x, COLUMN: tl.constexpr):
-    """Of each tile."""
-    upper = x[COLUMN].to(tl.float32) + x[COLUMN + 4].to(tl.float32)
-    return upper + (x[COLUMN + 8].to(tl.float32) + x[COLUMN + 12].to(tl.float32))
 
 
 @triton.jit
@@ -133,20 +148,19 @@ def _mvue_kernel(
     groups = tl.num_programs(1) * 16  # of a column, Mp / 4
     R = tl.arange(0, 16)[:, None]
     C = tl.arange(0, 16)[None, :]
-    words4 = _philox(tl.load(seed_ptr), (n // 4 + C + tiles.zero_beside(x[0])) * groups + (m // 4 + R))
+    words4 = _philox(tl.load(seed_ptr), ((n >> 2) + C + tiles.zero_beside(x[0])) * groups + ((m >> 2) + R))
     group0 = _group(x, 0, words4[0], DTYPE)
     group1 = _group(x, 1, words4[1], DTYPE)
     group2 = _group(x, 2, words4[2], DTYPE)
     group3 = _group(x, 3, words4[3], DTYPE)
 
     if SUMS:
-        even = tl.join(_column_sum(x, 0), _column_sum(x, 2))
-        odd = tl.join(_column_sum(x, 1), _column_sum(x, 3))
+        even, odd = tl.join(group0[2], group2[2]), tl.join(group1[2], group3[2])
         sums = tl.sum(tl.reshape(tl.join(even, odd), [16, 64]), axis=0)
         tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * N + n + tl.arange(0, 64), sums)
 
     if PACKED:
-        values = out_ptr + n.to(tl.int64) * groups + m // 4
+        values = out_ptr + n.to(tl.int64) * groups + (m >> 2)
         # Neighbouring words belong to neighbouring R: transpose, all four at once, so that the stores coalesce.
         block = tl.join(tl.join(group0[0], group2[0]), tl.join(group1[0], group3[0]))  # R C j1 j0
         block = tl.reshape(tl.permute(block, (1, 2, 3, 0)), [64, 16])
@@ -154,7 +168,7 @@ def _mvue_kernel(
         tl.store(values + rows * groups + tl.arange(0, 16)[None, :], block)
         codes = _nibbles(group0[1], group2[1]) | (_nibbles(group1[1], group3[1]) << 8)
         metadata = out_ptr + N.to(tl.int64) * groups
-        layout.store_metadata(metadata + (n.to(tl.int64) * (groups * 4) + m * 64) // 32, tl.trans(codes))
+        layout.store_metadata(metadata + ((n.to(tl.int64) * (groups * 4) + m * 64) >> 5), tl.trans(codes))
     else:
         for i in tl.static_range(4):
             even = tl.join(_element(group0, _ELEMENT[i], DTYPE), _element(group2, _ELEMENT[i], DTYPE))
@@ -217,5 +231,6 @@ def _launch(
         PACKED=packed,
         BOUNDED=bounded,
         SUMS=sums is not None,
-        num_warps=_WARPS,
+        # Fewer warps exchange fewer partial sums, and what a thread computes once serves four tiles.
+        num_warps=2 if packed else 4,
     )

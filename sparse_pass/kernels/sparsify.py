@@ -48,6 +48,20 @@ def _zero_unkept(x, mask):
 
 
 @triton.jit
+def _columns(
+    w, gate, n, k, N, K, i: tl.constexpr, DTYPE: tl.constexpr, ACTIVATION: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """Row i of every tile, activated, as its four columns. w, gate: a pointer and its strides."""
+    row = tiles.load_row(w[0], n, k, N, K, w[1], w[2], i, BOUNDED)
+    if ACTIVATION == "silu_gate":
+        gate_row = tiles.load_row(gate[0], n, k, N, K, gate[1], gate[2], i, BOUNDED)
+        row = activations.activate(row, gate_row, ACTIVATION, DTYPE)
+    elif ACTIVATION != "none":
+        row = activations.activate(row, row, ACTIVATION, DTYPE)
+    return tiles.columns(row)
+
+
+@triton.jit
 def _sparsify_kernel(
     w_ptr,
     packed_ptr,
@@ -69,11 +83,10 @@ def _sparsify_kernel(
     """packed_ptr, packed_t_ptr: int32, two values a word, metadata after Np * K / 4 words; Np is N padded to 64."""
     n = tl.program_id(1) * 64
     k = tl.program_id(0) * 64
-    x = tiles.load(w_ptr, n, k, N, K, stride_wn, stride_wk, BOUNDED)
-    if ACTIVATION == "silu_gate":
-        x = activations.activate(x, tiles.load(gate_ptr, n, k, N, K, stride_gn, stride_gk, BOUNDED), ACTIVATION, DTYPE)
-    elif ACTIVATION != "none":
-        x = activations.activate(x, x, ACTIVATION, DTYPE)
+    w, gate = (w_ptr, stride_wn, stride_wk), (gate_ptr, stride_gn, stride_gk)
+    x = _columns(w, gate, n, k, N, K, 0, DTYPE, ACTIVATION, BOUNDED)
+    for i in tl.static_range(1, 4):
+        x = x + _columns(w, gate, n, k, N, K, i, DTYPE, ACTIVATION, BOUNDED)
     if BOUNDED:
         N = tl.num_programs(1) * 64
     mask = _choose(x, GREEDY)
@@ -82,24 +95,24 @@ def _sparsify_kernel(
         mask = masks.fill(mask)
     R = tl.arange(0, 16)[:, None]
     C = tl.arange(0, 16)[None, :]
-    metadata = (N.to(tl.int64) * K) // 4
+    metadata = (N.to(tl.int64) * K) >> 2
 
     if PACK:
         words, codes = layout.compress(x, mask, 1, 4, DTYPE)
-        values = packed_ptr + n.to(tl.int64) * (K // 4) + k // 4
+        values = packed_ptr + n.to(tl.int64) * (K >> 2) + (k >> 2)
         for i in tl.static_range(4):
-            tl.store(values + (4 * R + i) * (K // 4) + C, words[i])
-        layout.store_metadata(packed_ptr + metadata + (n.to(tl.int64) * K + k * 64) // 32, codes)
+            tl.store(values + (4 * R + i) * (K >> 2) + C, words[i])
+        layout.store_metadata(packed_ptr + metadata + ((n.to(tl.int64) * K + k * 64) >> 5), codes)
 
     if PACK_T:
         words, codes = layout.compress(x, mask >> 16, 4, 1, DTYPE)
-        values = packed_t_ptr + k.to(tl.int64) * (N // 4) + n // 4
+        values = packed_t_ptr + k.to(tl.int64) * (N >> 2) + (n >> 2)
         # Neighbouring words belong to neighbouring R: transpose, all four at once, so that the stores coalesce.
         block = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))  # R C j1 j0
         block = tl.reshape(tl.permute(block, (1, 2, 3, 0)), [64, 16])
         rows = tl.arange(0, 64)[:, None]
-        tl.store(values + rows * (N // 4) + tl.arange(0, 16)[None, :], block)
-        layout.store_metadata(packed_t_ptr + metadata + (k.to(tl.int64) * N + n * 64) // 32, tl.trans(codes))
+        tl.store(values + rows * (N >> 2) + tl.arange(0, 16)[None, :], block)
+        layout.store_metadata(packed_t_ptr + metadata + ((k.to(tl.int64) * N + n * 64) >> 5), tl.trans(codes))
 
 
 @triton.jit
@@ -112,11 +125,11 @@ def _mask24_kernel(w_ptr, out_ptr, N, K, stride_wn, stride_wk, GREEDY: tl.conste
     rows = 4 * tl.arange(0, 16)[:, None]
     cols = tl.arange(0, 16)[None, :]
     inside = (n + rows < N) & (k + 4 * cols < K)
-    out_ptr += n.to(tl.int64) * (K // 4) + k // 4
+    out_ptr += n.to(tl.int64) * (K >> 2) + (k >> 2)
     for i in tl.static_range(4):
         nibble = (mask >> (4 * i)) & 15
         flags = (nibble * 0x00204081) & 0x01010101  # bit j to byte j
-        tl.store(out_ptr + (rows + i) * (K // 4) + cols, flags, mask=inside)
+        tl.store(out_ptr + (rows + i) * (K >> 2) + cols, flags, mask=inside)
 
 
 def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -19,12 +19,18 @@ TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
-def _load_row(ptr, n, k, N, K, stride_n, stride_k, i: tl.constexpr, BOUNDED: tl.constexpr):
-    """Row i of every tile, [16, 64] -> its four columns, [16, 16] each."""
+def load_row(ptr, n, k, N, K, stride_n, stride_k, i: tl.constexpr, BOUNDED: tl.constexpr):
+    """Row i of every tile of the 64x64 block at row n and column k of [N, K]: [16, 64], zeros outside of the matrix."""
+    ptr += n.to(tl.int64) * stride_n + k.to(tl.int64) * stride_k
     rows = 4 * tl.arange(0, 16)[:, None] + i
     cols = tl.arange(0, 64)[None, :]
     pointers = ptr + rows * stride_n + cols * stride_k
-    row = tl.load(pointers, mask=(n + rows < N) & (k + cols < K), other=0.0) if BOUNDED else tl.load(pointers)
+    return tl.load(pointers, mask=(n + rows < N) & (k + cols < K), other=0.0) if BOUNDED else tl.load(pointers)
+
+
+@triton.jit
+def columns(row):
+    """The four columns, [16, 16] each, of what `load_row` returns."""
     even, odd = tl.split(tl.reshape(row, [16, 16, 2, 2]))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -33,11 +39,10 @@ def _load_row(ptr, n, k, N, K, stride_n, stride_k, i: tl.constexpr, BOUNDED: tl.
 
 @triton.jit
 def load(ptr, n, k, N, K, stride_n, stride_k, BOUNDED: tl.constexpr):
-    """The 64x64 block of a matrix [N, K] at row n and column k, as sixteen tensors; zeros outside of the matrix."""
-    ptr += n.to(tl.int64) * stride_n + k.to(tl.int64) * stride_k
-    x = _load_row(ptr, n, k, N, K, stride_n, stride_k, 0, BOUNDED)
+    """The block as sixteen tensors."""
+    x = columns(load_row(ptr, n, k, N, K, stride_n, stride_k, 0, BOUNDED))
     for i in tl.static_range(1, 4):
-        x = x + _load_row(ptr, n, k, N, K, stride_n, stride_k, i, BOUNDED)
+        x = x + columns(load_row(ptr, n, k, N, K, stride_n, stride_k, i, BOUNDED))
     return x
 
 
@@ -52,14 +57,11 @@ def zero_beside(x):
 
 
 @triton.jit
-def magnitudes(pair, DTYPE: tl.constexpr):
-    """The two 16-bit numbers of a word, as float32 without their signs."""
+def numbers(word, DTYPE: tl.constexpr):
+    """The two 16-bit numbers of a word, as float32."""
     if tl.bfloat16 == DTYPE:
-        low, high = pair << 16, pair & -65536
-        return tl.abs(low.to(tl.float32, bitcast=True)), tl.abs(high.to(tl.float32, bitcast=True))
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
     else:
-        low, high = (
-            pair.to(tl.uint32, bitcast=True).to(tl.uint16),
-            (pair.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16),
-        )
-        return tl.abs(low.to(DTYPE, bitcast=True).to(tl.float32)), tl.abs(high.to(DTYPE, bitcast=True).to(tl.float32))
+        word = word.to(tl.uint32, bitcast=True)
+        low, high = word.to(tl.uint16), (word >> 16).to(tl.uint16)
+        return low.to(DTYPE, bitcast=True).to(tl.float32), high.to(DTYPE, bitcast=True).to(tl.float32)
