@@ -1,4 +1,4 @@
-"""The probe, the timings and the tuner, on a device that is faked: what is asked of it, and what becomes of the answer."""
+"""The probe, the timings and the tuner on a faked device: what they ask of it, and what becomes of the answer."""
 
 from __future__ import annotations
 
@@ -197,9 +197,12 @@ def test_results_that_change_from_launch_to_launch(
 
 @pytest.mark.parametrize(
     ("operand", "mask", "sparse", "dense"),
-    [("S(W)", "greedy", "sparsify", "mask24"), ("S(X)", "optimal", "sparsify_input", "mask24")]
-    + [("MVUE(dY)", "", "sparsify_mvue", "mvue24")],
-)  # fmt: skip
+    [
+        ("S(W)", "greedy", "sparsify", "mask24"),
+        ("S(X)", "optimal", "sparsify_input", "mask24"),
+        ("MVUE(dY)", "", "sparsify_mvue", "mvue24"),
+    ],
+)
 def test_what_an_operand_costs(
     times: dict[int | str, float], called: Called, operand: Any, mask: str, sparse: str, dense: str
 ) -> None:
@@ -229,9 +232,7 @@ def test_time_of_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 # The tuner
 
 
-def test_products_are_measured_once_per_step_of_the_grid(
-    times: dict[int | str, float], library: FakeCusparselt
-) -> None:
+def test_products_measure_once_per_step_of_the_grid(times: dict[int | str, float], library: FakeCusparselt) -> None:
     times[2] = 1.0
     for rows in (64, 192, 256, 256):
         kept, packed, dense = operands(problem("grad_weight", rows=rows))
