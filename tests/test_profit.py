@@ -9,7 +9,7 @@ import torch
 from graph_printer import capture
 from support import TOLERANCE, check_invariants, graph_facts, relative_error
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph
 from torch.utils._pytree import tree_map
 
@@ -92,7 +92,8 @@ def test_out_of_memory_while_measuring(monkeypatch: pytest.MonkeyPatch, caplog: 
 
 def on_a_gpu(graph: Graph) -> Graph:
     """The same graph, captured on a CPU, with fake tensors of a CUDA device."""
-    mode = FakeTensorMode()
+    fakes = (value for node in graph.nodes if isinstance(value := node.meta.get("val"), FakeTensor))
+    mode = FakeTensorMode(shape_env=next(fakes).fake_mode.shape_env)
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -130,11 +131,13 @@ class Asked:
         self.operands.append(what)
         return Timing(0, 3.0, 1.0)
 
-    def sites(self, scheme: Any, model: nn.Module | None = None, rows: int = 13, tune: Any = "auto") -> sp.Report:
+    def sites(
+        self, scheme: Any, model: nn.Module | None = None, tune: Any = "auto", dynamic: bool = False
+    ) -> sp.Report:
         """Rewrite the graph of a step of the linear "1", and keep it as `graph`."""
         model = model or nn.Sequential(nn.Tanh(), nn.Linear(64, 128)).bfloat16()
-        x = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True)
-        self.graph = on_a_gpu(capture(model, [x], {"1": None}).before.graph)
+        x = torch.randn(13, 64, dtype=torch.bfloat16, requires_grad=True)
+        self.graph = on_a_gpu(capture(model, [x], {"1": None}, dynamic=dynamic).before.graph)
         before = graph_facts(self.graph)
         report = rewrite_graph(self.graph, parse_config({"1": scheme}), tune=tune)
         check_invariants(self.graph, before)
@@ -211,6 +214,15 @@ def test_what_cannot_be_measured_is_taken(asked: Asked, why: str) -> None:
     assert asked.sites(sp.WeightSparsity()).sites[0].status == "sparse"
     assert len(asked.gemms) == (0 if why == "layout" else 2)
     assert asked.operands == []
+
+
+@pytest.mark.parametrize("scheme", [sp.WeightSparsity(grad_weight="mvue"), sp.ActivationSparsity()], ids=str)
+def test_of_an_unknown_number_of_rows_nothing_is_asked(asked: Asked, scheme: Any) -> None:
+    """The kernels are taken; they measure by themselves when they are called."""
+    (site,) = asked.sites(scheme, dynamic=True).sites
+    assert (site.status, site.reason, site.shape[1:]) == ("sparse", "", (128, 64))
+    assert asked.gemms == asked.operands == []
+    assert set(asked.tuned.values()) == {True}
 
 
 def test_without_tuning_nothing_is_asked(asked: Asked) -> None:
