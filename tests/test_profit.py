@@ -250,3 +250,22 @@ def test_the_current_device_is_meant_where_none_is_named(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
     assert profit._index(torch.device("cuda")) == 5
     assert profit._index(torch.device("cuda", 0)) == 0
+
+
+def test_compile_caches_know_what_the_device_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that was compiled with sparse kernels must not be found where they do not work, nor the other way round."""
+    asked = []
+
+    def limits(device: torch.device, dtype: torch.dtype) -> Limits:
+        asked.append((device, dtype))
+        return Limits(device="cuda", capability=(9, 0), unavailable=reasons[0])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr("sparse_pass.graph_pass.device_limits", limits)
+    keys, reasons = [], ["", "libcusparseLt.so.0 was not found", ""]
+    while reasons:
+        keys.append(sp.SparsePass({"1": sp.WeightSparsity()}).uuid())
+        reasons.pop(0)
+    assert keys[0] == keys[2] != keys[1]
+    assert set(asked) == {(torch.device("cuda", 1), dtype) for dtype in (torch.float16, torch.bfloat16)}
