@@ -171,8 +171,8 @@ def _mask(edit: Editor, input: Input, mask: str, before: Node) -> Node:
 
 def _reads(linear: Linear, input: Node) -> Iterator[tuple[Node, int, tuple[Node, ...]]]:
     """Where the GEMM of grad_weight reads the input: itself, which operand, and the moves from the input to there."""
-    if linear.grad_operand is None:
-        return
+    # Or there is nothing to rewrite, or `why_dense_grad_weight` has said why not.
+    assert linear.grad_operand is not None
     gemm = made_by(linear.grad_operand)
     for at, operand in enumerate(gemm.args):
         if not isinstance(operand, Node):

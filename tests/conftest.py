@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch._inductor import config as inductor_config
+
+if TYPE_CHECKING:
+    from fake_cusparselt import FakeCusparselt
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,3 +48,24 @@ def tuning_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     timings.path.cache_clear()
     yield tmp_path
     timings.path.cache_clear()
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[FakeCusparselt]:
+    """A cuSPARSELt on the CPU. Nothing that it builds may outlive the test."""
+    from fake_cusparselt import FakeCusparselt, install
+
+    from sparse_pass.kernels import cusparselt, cusparselt_library
+
+    fake = FakeCusparselt()
+    install(monkeypatch, fake)
+    yield fake
+    # Log records hold errors, and those what was called.
+    caplog.get_records("call").clear()
+    for plans in (cusparselt._PLANS, getattr(sys.modules.get("sparse_pass.kernels.tuner"), "_CHOSEN", {})):
+        plans.clear()
+    if fake.alive:
+        gc.collect()  # a traceback may hold one; this takes as long as most tests
+    assert fake.alive == {}
+    cusparselt_library._library.cache_clear()
+    cusparselt._handle.cache_clear()

@@ -37,13 +37,18 @@ class FakeCusparselt:
     """What `cusparselt_library` loads.
 
     Functions not written out below succeed. ``statuses`` makes a function return a status instead, by its name
-    without ``cusparseLt``; ``refused`` are ids of algorithms for which no plan can be built.
+    without ``cusparseLt``; ``refused`` are ids of algorithms for which no plan can be built, ``wrong`` those whose
+    products are; ``unsteady`` products differ in their last bits from launch to launch.
     """
 
     def __init__(self, version: tuple[int, int, int] = (0, 8, 0)) -> None:
         self.version = version
         self.statuses: dict[str, int] = {}
         self.refused: set[int] = set()
+        self.wrong: set[int] = set()
+        self.unsteady = False
+        self.launched: list[int] = []
+        """Ids of the algorithms, in order."""
         self.workspace_bytes = 64
         self.calls: Counter[str] = Counter()
         self.alive: dict[int, SimpleNamespace] = {}
@@ -124,7 +129,8 @@ class FakeCusparselt:
         workspace: int | None, streams: int, count: int,
     ) -> int:  # fmt: skip
         assert (workspace is not None) == (self.workspace_bytes > 0)
-        product = self.alive[plan].product
+        product, algorithm = self.alive[plan].product, self.alive[plan].algorithm
+        self.launched.append(algorithm)
         left, right, output = (_at(address, one) for address, one in zip((a, b, d), product.matrices, strict=True))
         left, right = (
             one.T if op == TRANSPOSE else one for one, op in zip((left, right), product.ops, strict=True)
@@ -132,7 +138,9 @@ class FakeCusparselt:
         result = left.double() @ right.double()
         if product.bias is not None:
             result += _memory(product.bias, result.shape[0], output.dtype).double()[:, None]
-        output.copy_(result)
+        output.copy_(-result if algorithm in self.wrong else result)
+        if self.unsteady:
+            output.view(torch.int16).bitwise_xor_(len(self.launched) & 1)
         return SUCCESS
 
     def _destroy(self, address: int) -> int:

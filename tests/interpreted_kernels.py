@@ -48,6 +48,8 @@ def check_weights() -> None:
                 )
                 for actual, expected in both:
                     assert_same_packed(actual, expected, about)
+    for transposed, expected in enumerate(reference.sparsify(weights[0], "optimal", target)):
+        assert_same_packed(sparsify.sparsify_one(weights[0], "optimal", bool(transposed), target), expected, transposed)
 
 
 def gradient(rows: int, cols: int) -> Tensor:

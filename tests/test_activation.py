@@ -542,6 +542,25 @@ def test_gradient_of_the_input_of_unknown_origin_is_refused() -> None:
     assert printed(graph) == before
 
 
+def test_grad_weight_of_another_tensor() -> None:
+    """A GEMM that reads something else than the input, here what is equal to it: it stays, with a reason."""
+    graph = capture(nn.Sequential(nn.Tanh(), nn.Linear(8, 12)), [leaf(5, 8)], {"1": None}).before.graph
+    (gemm,) = [n for n in graph.nodes if n.target is torch.ops.aten.mm.default and n.args[1].name.startswith("tanh")]
+    input = gemm.args[1]
+    with graph.inserting_before(gemm):
+        other = graph.call_function(torch.ops.aten.neg.default, (input,))
+        other = graph.call_function(torch.ops.aten.neg.default, (other,))
+    for node in (other, other.args[0]):
+        node.meta.update(input.meta)
+    gemm.update_arg(1, other)
+    with pytest.raises(ValueError, match="changes grad_weight, but grad_weight: the GEMM that reads the input"):
+        rewrite_graph(graph, parse_config({"1": ACT}), strict=True)
+    (site,) = rewrite_graph(graph, parse_config({"1": ACT})).sites
+    assert (site.output, site.grad_weight) == ("masked_dense", "dense")
+    assert site.reason.startswith("grad_weight: the GEMM that reads the input was not found; left as captured")
+    assert gemm.args[1] is other
+
+
 class Shared(nn.Module):
     """One weight in two calls."""
 

@@ -7,39 +7,23 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_cusparselt import EXECUTION_FAILED, NOT_SUPPORTED, FakeCusparselt, install
+from fake_cusparselt import EXECUTION_FAILED, NOT_SUPPORTED, FakeCusparselt
 from support import TOLERANCE, relative_error
 from torch import Tensor
 
 from sparse_pass import cuda_ops, reference
-from sparse_pass.kernels import cusparselt, cusparselt_library, timings
+from sparse_pass.kernels import cusparselt, timings
 from sparse_pass.kernels.problem import B_TRANSPOSED, D_TRANSPOSED, FORMS, Form, Problem
 from sparse_pass.kernels.timings import Timing
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the library itself is there")
 
 M, K, N = 16, 128, 64
-
-
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[FakeCusparselt]:
-    fake = FakeCusparselt()
-    install(monkeypatch, fake)
-    yield fake
-    # Nothing that this library built may outlive it. Log records hold errors, and those what was called.
-    caplog.get_records("call").clear()
-    for plans in (cusparselt._PLANS, getattr(sys.modules.get("sparse_pass.kernels.tuner"), "_CHOSEN", {})):
-        plans.clear()
-    gc.collect()
-    assert fake.alive == {}
-    cusparselt_library._library.cache_clear()
-    cusparselt._handle.cache_clear()
 
 
 class Case:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from graph_printer import Captured, capture
-from support import TOLERANCE, compare_inputs, fresh_compile
+from support import TOLERANCE, compare_inputs, fresh_compile, relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -758,3 +758,16 @@ def test_reasons(way: str) -> None:
     (site,) = found.report.sites
     assert (site.status, site.output, site.grad_weight) == ("masked_dense", "masked_dense", "masked_dense")
     assert site.reason == reason
+
+
+def test_exported_program() -> None:
+    """Where the graph has the linear as one op, with the weight as it is stored."""
+    model = nn.Sequential(nn.GELU(), nn.Linear(64, 48)).bfloat16()
+    x = normal(2, 35, 64)
+    module = torch.export.export(model, (x,)).module()
+    (site,) = sp.rewrite(module, {"1": ACT}).sites
+    assert (site.status, site.output, site.fused) == ("sparse", "reference", "gelu")
+    assert not any(node.target is torch.ops.aten.linear.default for node in module.graph.nodes)
+    hidden = F.gelu(x)
+    expected = model[1](torch.where(sparse.input_mask24(hidden, "optimal"), hidden, 0))
+    assert relative_error(module(x), expected) < TOLERANCE[torch.bfloat16]

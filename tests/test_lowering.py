@@ -10,15 +10,21 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from fake_cusparselt import FakeCusparselt
+from fake_gpu import install_kernels
 from support import errors, fresh_compile, run, ste_reference, twins
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch._inductor.virtualized import V
 
 import sparse_pass as sp
+from sparse_pass import kernels, lowering
 
 KERNELS = sp.WeightSparsity(backend="cusparselt")
 MVUE = replace(KERNELS, grad_weight="mvue")
@@ -48,9 +54,17 @@ Calls = tuple[dict[str, int], dict[str, int]]
 
 
 def calls(
-    model: nn.Module, x: torch.Tensor, config: Mapping[str, Any] = BOTH, tolerance: float = BFLOAT16, **how: Any
+    model: nn.Module,
+    x: torch.Tensor,
+    config: Mapping[str, Any] = BOTH,
+    tolerance: float = BFLOAT16,
+    called: str = r"sparse_pass\.reference\w*\.(\w+)\(",
+    **how: Any,
 ) -> Calls:
-    """Train one step right. What forward and backward code call directly, and what by the op, with how often."""
+    """Train one step right. What forward and backward code call directly, and what by the op, with how often.
+
+    called: matches direct calls.
+    """
     parameters = dict(model.named_parameters())
     # The random numbers of eager torch.
     with fresh_compile(), torch._inductor.config.patch(fallback_random=True):
@@ -67,8 +81,8 @@ def calls(
     found = errors(actual, expected)
     assert max(found.values()) < tolerance, found
     text = "\n".join(code)
-    direct, by_op = r"sparse_pass\.reference\w*\.(\w+)\(", r"ops\.sparse_pass\.(\w+)\.default\("
-    return dict(Counter(re.findall(direct, text))), dict(Counter(re.findall(by_op, text)))
+    by_op = r"ops\.sparse_pass\.(\w+)\.default\("
+    return dict(Counter(re.findall(called, text))), dict(Counter(re.findall(by_op, text)))
 
 
 @pytest.fixture
@@ -161,3 +175,58 @@ def test_code_from_a_cache(model: nn.Module, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         hits.append(done.stdout.split()[0])
     assert hits == ["0", "1"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the library itself is there")
+def test_compiled_code_multiplies_by_the_binding(
+    model: nn.Module, library: FakeCusparselt, tuning_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with a library and kernels that are faked: what the code calls takes what it is given."""
+    made = install_kernels(monkeypatch)
+    monkeypatch.delitem(sys.modules, f"{lowering._KERNELS}", raising=False)
+    monkeypatch.setattr(lowering, "_REFERENCES", dict.fromkeys(lowering._REFERENCES, lowering._KERNELS))
+    direct = rf"{lowering._KERNELS}.(\w+)\(".replace(".", r"\.")
+    try:
+        found, by_op = calls(model, leaf(64, 64), INPUT_AND_GRADIENT, called=direct)
+    finally:
+        sys.modules.pop(lowering._KERNELS, None)  # it holds the fakes
+        vars(kernels).pop("compiled", None)
+    assert (found, by_op) == ({**INPUT_CALLS, **GRADIENT_CALLS, "sparsify_mvue_sum": 1}, {})
+    assert made == {"sparsify_input": 1, "sparsify": 1, "sparsify_mvue_sum": 1}
+    assert library.calls["Matmul"] == 5
+
+
+def test_code_for_a_gpu() -> None:
+    """Of SM90 it finds the kernels, of another layout the ops; a C++ wrapper calls nothing but ops."""
+    graph = SimpleNamespace(cpp_wrapper=False)
+    cuda, dtype = torch.device("cuda", 0), torch.bfloat16
+    with V.set_graph_handler(graph), mock.patch.object(lowering.cuda_ops, "is_sm90_layout") as is_sm90:
+        for sm90, expected in ((True, "sparse_pass.kernels.compiled.linear_into"), (False, None)):
+            is_sm90.return_value = sm90
+            assert lowering._kernel("linear_into", cuda, dtype) == expected
+        assert lowering._kernel("linear_into", torch.device("xpu"), dtype) is None
+        assert lowering._kernel("linear_into", torch.device("cpu"), dtype) == "sparse_pass.reference.linear_into"
+        graph.cpp_wrapper = True
+        assert lowering._kernel("linear_into", torch.device("cpu"), dtype) is None
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(64, 64, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.w.bfloat16())
+
+
+def test_one_operand_where_nothing_is_trained(model: nn.Module) -> None:
+    x = torch.randn(16, 64, dtype=torch.bfloat16)
+    assert calls(model.requires_grad_(False), x) == ({"sparsify_one": 2, "linear_into": 2}, {})
+
+
+def test_weights_of_float64_are_packed_by_the_op() -> None:
+    """No kernel takes them."""
+    model = Mixed()
+    assert calls(model, leaf(16, 64), {"w": KERNELS}) == ({"linear_into": 2}, {"sparsify": 1})
+    found = calls(model.requires_grad_(False), leaf(16, 64).detach(), {"w": KERNELS})
+    assert found == ({"linear_into": 1}, {"sparsify_one": 1})

@@ -543,6 +543,44 @@ def test_regional_compile_of_blocks_that_differ() -> None:
     assert backend.report.graphs == 3
 
 
+def test_regional_compile_of_parts_that_share_a_weight() -> None:
+    """Each goes by its own name, though all read one parameter: only the named one is sparse."""
+    model = nn.Sequential(Mlp(), Mlp(), Mlp())
+    for part in model:
+        part.fc1.weight = model[0].fc1.weight
+    x = torch.randn(4, 8)
+    dense = model[2](x)
+    backend = sp.sparse_backend({"1.fc1": W24}, model=model, inner="aot_eager")
+    for part in model:
+        part.compile(backend=backend)
+    assert torch.equal(model[2](x), dense)
+    assert not torch.equal(model[1](x), Mlp.forward(model[1], x))
+    assert named(backend.report) == {"1.fc1": "1.fc1"}
+
+
+def test_regional_compile_of_parts_without_weights() -> None:
+    class Sine(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin()
+
+    model = nn.Sequential(Sine(), Mlp())
+    backend = sp.sparse_backend({"1.fc1": W24}, model=model, inner="aot_eager")
+    for part in model:
+        part.compile(backend=backend)
+    x = torch.randn(4, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert named(backend.report) == {"1.fc1": "1.fc1"}
+    assert backend.report.graphs == 2
+
+
+def test_function_of_a_parameter_alone() -> None:
+    """It is not reached by way of a module; it has its name in the model all the same."""
+    model = Mlp()
+    weight = model.fc1.weight
+    report = compiled_report(lambda x: nn.functional.linear(x, weight), (torch.randn(4, 8),), {"fc1": W24}, model=model)
+    assert named(report) == {"fc1": "fc1"}
+
+
 def test_regional_compile_of_one_block() -> None:
     model = Model()
     backend = sp.sparse_backend({"blocks.1.*": W24}, model=model, inner="aot_eager")

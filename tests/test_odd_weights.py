@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -423,6 +424,17 @@ def test_weights_that_prune_cannot_write() -> None:
         with pytest.raises(ValueError, match=message):
             sp.prune_(model, {"*": W24})
         assert torch.equal(model[0].weight, before)
+
+
+def test_weights_that_prune_leaves() -> None:
+    """Of odd dims where a pattern names them, with the reason; those of which nothing is to be pruned, in silence."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    before = copy.deepcopy(model.state_dict())
+    report = sp.prune_(model, {"*": W24, "2": sp.ActivationSparsity()})
+    assert [(site.fqn, site.status) for site in report.sites] == [("0", "sparse"), ("1", "skipped")]
+    assert report.sites[1].reason.startswith("the weight is [6, 8]: 2:4 masks need both dims to be multiples of 4")
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == ["0.weight"]
 
 
 # What a device can do

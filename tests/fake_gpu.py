@@ -1,0 +1,168 @@
+"""A GPU for machines without one: its kernels are the references, and its tensors those of the CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sparse_pass import kernels, reference, reference_activation, reference_mvue
+from sparse_pass.kernels import cusparselt
+
+OWN = -1
+"""The number of the device, as a CPU tensor says."""
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "sparsify": {
+        "mask24": reference.mask24,
+        "sparsify": reference.sparsify,
+        "sparsify_one": reference.sparsify_one,
+        "sparsify_input": reference_activation.sparsify_input,
+    },
+    "mvue": {
+        "mvue24": reference_mvue.mvue24,
+        "sparsify_mvue": reference_mvue.sparsify_mvue,
+        "sparsify_mvue_sum": reference_mvue.sparsify_mvue_sum,
+    },
+}
+
+
+def install_kernels(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Put references in the place of the Triton kernels, and of the calls of torch; returns how often each is called.
+
+    They take what the kernels take, and only on the current device.
+    """
+    called: Counter[str] = Counter()
+
+    def on_the_device(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            assert torch.cuda.current_device() == OWN
+            called[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, functions in KERNELS.items():
+        fake = ModuleType(f"sparse_pass.kernels.{module}")
+        vars(fake).update({name: on_the_device(name, function) for name, function in functions.items()})
+        monkeypatch.setattr(kernels, module, fake, raising=False)
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    for name, function in (("_cslt_compress", _compress), ("_cslt_sparse_mm", _sparse_mm)):
+        monkeypatch.setattr(torch, name, on_the_device(name, function), raising=False)
+    return called
+
+
+def _compress(masked: Tensor) -> Tensor:
+    assert masked.is_contiguous()
+    assert (masked.unflatten(1, (-1, 4)).count_nonzero(-1) <= 2).all()
+    return reference.pack(masked, reference_activation.input_mask24(masked, "rowwise")).view(masked.shape[0], -1)
+
+
+def _sparse_mm(
+    packed: Tensor, dense: Tensor, *, bias: Tensor | None = None, transpose_result: bool = False
+) -> Tensor:  # fmt: skip
+    assert dense.is_contiguous() or dense.T.is_contiguous()
+    assert dense.shape[1] % 8 == 0
+    assert all(one is None or one.data_ptr() % 16 == 0 for one in (packed, dense, bias))
+    product = reference.unpack(packed.reshape(-1), packed.shape[0], dense.shape[0]).double() @ dense.double()
+    product = (product if bias is None else product + bias.double()[:, None]).to(dense.dtype)
+    return product.T.contiguous() if transpose_result else product
+
+
+class Devices:
+    """Which device is current: number 3, and the tensors' own only where it is entered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = 3
+        empty = cusparselt._empty_strided_cuda
+
+        def empty_there(*layout: Any) -> Tensor:
+            assert self.current == OWN
+            return empty(*layout)
+
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "device", self._entered)
+        monkeypatch.setattr(cusparselt, "_empty_strided_cuda", empty_there)
+
+    @contextmanager
+    def _entered(self, device: torch.device | int) -> Iterator[None]:
+        before, self.current = self.current, OWN if isinstance(device, torch.device) else device
+        yield
+        self.current = before
+
+
+class CudaIsTheCpu(TorchFunctionMode):
+    """Whoever asks for ``device="cuda"`` gets a tensor of the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def cuda_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: generator())
+    with CudaIsTheCpu():
+        yield
+
+
+class Clock:
+    """Streams, events and graphs whose replays take ``milliseconds``, one after the other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, milliseconds: list[float]) -> None:
+        self.now = 0.0
+        self.mode = ""
+        self.capturing = False
+        self.waits = 0
+        stream = SimpleNamespace(wait_stream=self._wait)
+
+        @contextmanager
+        def capture(graph: Any, capture_error_mode: str) -> Iterator[None]:
+            self.mode, self.capturing = capture_error_mode, True
+            yield
+            self.capturing = False
+
+        @contextmanager
+        def entered(stream: Any) -> Iterator[None]:
+            yield
+
+        def replay() -> None:
+            self.now += milliseconds.pop(0)
+
+        for name, fake in {
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": entered,
+            "CUDAGraph": lambda: SimpleNamespace(replay=replay),
+            "graph": capture,
+            "Event": lambda enable_timing: _Event(self),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def _wait(self, other: Any) -> None:
+        self.waits += 1
+
+
+class _Event:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def record(self) -> None:
+        self.at = self._clock.now
+
+    def synchronize(self) -> None:
+        self.done = True
+
+    def elapsed_time(self, end: _Event) -> float:
+        assert end.done
+        return end.at - self.at
