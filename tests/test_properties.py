@@ -268,8 +268,8 @@ def _check_drawn(report: sp.Report, drawn: dict[str, set[bool]]) -> None:
 
 def _reproduce(example: Example, inner: str) -> str:
     """A line for a shell in the tests' folder."""
-    code = f"from test_properties import *; print(check({example!r}, {inner!r}))"
-    return f"""SPARSE_PASS_DEVICE={DEVICE} python -c "from sparse_pass import ActivationSparsity, WeightSparsity; {code}" """
+    imports = "from sparse_pass import ActivationSparsity, WeightSparsity; from test_properties import *"
+    return f"""SPARSE_PASS_DEVICE={DEVICE} python -c "{imports}; print(check({example!r}, {inner!r}))" """
 
 
 def shards() -> list[Any]:
@@ -311,55 +311,46 @@ PLAIN = Example(
 )
 
 
-def unmasked_at(index: int) -> Callable[[Example, Place], Any]:
-    return lambda example, place: None if place.name == f"blocks.{index}.fc" else meant(example, place)
-
-
 def changed(**fields: Any) -> Callable[[Example, Place], Any]:
     return lambda example, place: replace(sp.WeightSparsity(grad_weight="masked", decay=5.0), **fields)
 
 
 INPUTS = replace(PLAIN, config=(("blocks.*.fc", sp.ActivationSparsity(grad_input="masked")),))
-DRAWN_SCHEME = sp.WeightSparsity(grad_weight="mvue")
-DRAWN = replace(PLAIN, config=(("blocks.*.fc", DRAWN_SCHEME),), batch=(12,))
+DRAWN = replace(PLAIN, config=(("blocks.*.fc", sp.WeightSparsity(grad_weight="mvue")),), batch=(12,))
 PAIR = replace(PLAIN, config=(("blocks.*.fc", (sp.WeightSparsity(), sp.ActivationSparsity())),))
 
 
-def instead(scheme: Any) -> Callable[[Example, Place], Any]:
-    return lambda example, place: scheme
+def instead(scheme: Any, *names: str) -> Callable[[Example, Place], Any]:
+    """Another scheme of the places so named, or of all."""
+    return lambda example, place: scheme if not names or place.name in names else meant(example, place)
 
 
 WRONG = {
-    "first dense": (PLAIN, unmasked_at(0)),
-    "last dense": (PLAIN, unmasked_at(1)),
+    "first dense": (PLAIN, instead(None, "blocks.0.fc")),
+    "last dense": (PLAIN, instead(None, "blocks.1.fc")),
     "other masks": (PLAIN, changed(mask="greedy")),
     "gradient unmasked": (PLAIN, changed(grad_weight="dense")),
     "no decay": (PLAIN, changed(decay=0.0)),
     "other decay": (PLAIN, changed(decay=10.0)),
-    "first input dense": (INPUTS, unmasked_at(0)),
-    "last input dense": (INPUTS, unmasked_at(1)),
-    "other input masks": (INPUTS, instead(sp.ActivationSparsity(mask="rowwise", grad_input="masked"))),
-    "input gradient unmasked": (INPUTS, instead(sp.ActivationSparsity())),
-    "first gradient dense": (DRAWN, lambda example, place: sp.WeightSparsity() if "0" in place.name else DRAWN_SCHEME),
-    "last gradient dense": (DRAWN, lambda example, place: sp.WeightSparsity() if "1" in place.name else DRAWN_SCHEME),
-    "pair of which the weight is dense": (PAIR, instead(sp.ActivationSparsity())),
-    "pair of which the weight's mask is another": (
-        PAIR,
-        instead((sp.WeightSparsity(mask="greedy"), sp.ActivationSparsity())),
-    ),
+    "first input dense": (INPUTS, instead(None, "blocks.0.fc")),
+    "last input dense": (INPUTS, instead(None, "blocks.1.fc")),
+    "other masks of inputs": (INPUTS, instead(sp.ActivationSparsity(mask="rowwise", grad_input="masked"))),
+    "gradient of inputs unmasked": (INPUTS, instead(sp.ActivationSparsity())),
+    "nothing drawn for the first": (DRAWN, instead(sp.WeightSparsity(), "blocks.0.fc")),
+    "nothing drawn for the last": (DRAWN, instead(sp.WeightSparsity(), "blocks.1.fc")),
+    "inputs alone": (PAIR, instead(sp.ActivationSparsity())),
+    "weights alone": (PAIR, instead(sp.WeightSparsity())),
 }
+
+
+@pytest.mark.parametrize("right", [PLAIN, INPUTS, DRAWN, PAIR], ids=["weights", "inputs", "drawn", "pair"])
+def test_the_reference_of_these_is_right(right: Example) -> None:
+    check(right, "aot_eager")
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_reference_is_noticed(wrong: str) -> None:
-    right, masked = WRONG[wrong]
-    check(right, "aot_eager")
-    for example in (right, replace(right, autocast="bfloat16")):
+    example, masked = WRONG[wrong]
+    for one in (example, replace(example, autocast="bfloat16")):
         with pytest.raises(AssertionError, match="relative errors"):
-            check(example, "aot_eager", masked=masked)
-
-
-@pytest.mark.parametrize("example", [INPUTS, DRAWN, PAIR], ids=["inputs", "drawn", "pair"])
-def test_a_dense_reference_is_noticed(example: Example) -> None:
-    with pytest.raises(AssertionError, match="relative errors"):
-        check(example, "aot_eager", masked=lambda example, place: None)
+            check(one, "aot_eager", masked=masked)
