@@ -278,6 +278,14 @@ def test_strides(kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("scheme", [MASKED, (sp.WeightSparsity(), MASKED)], ids=["input", "pair"])
+def test_gradient_of_a_square_input(scheme: Any) -> None:
+    """Of an input stored column by column the matmul gives the transposed gradient, and its shape is the same."""
+    for x in (torch.randn(8, 8), torch.randn(8, 8).t()):
+        with fresh_compile():
+            compare_inputs(nn.Sequential(nn.Linear(8, 12)), {"0": scheme}, x.requires_grad_())
+
+
 class By(nn.Module):
     """A GEMM written by hand, whose input may be masked, which makes it the reference."""
 
