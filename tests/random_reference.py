@@ -151,15 +151,19 @@ def _nearest(x: Tensor, among: Mapping[int, Tensor]) -> int | None:
 
 
 class Product(torch.autograd.Function):
-    """x [M, K] times w^T [K, N], by the table of the README."""
+    """x [M, K] times w^T [K, N] and b, by the table of the README."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, kept: Tensor | None, scheme: Scheme, match: Match, name: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, kept: Tensor | None, scheme: Scheme, match: Match, name: str
+    ) -> Tensor:
         on_input = input_scheme(scheme)
         kept_x = None if on_input is None else mask_by_hand(match.input(x), on_input.mask)
         ctx.save_for_backward(x, w, kept, kept_x)
         ctx.scheme, ctx.match, ctx.name = scheme, match, name
-        return x @ _masked(w, kept).T if kept_x is None else _masked(x, kept_x) @ w.T
+        left, right = (x, _masked(w, kept).T) if kept_x is None else (_masked(x, kept_x), w.T)
+        # Rounded once, as by the graph: a relu of what is nearly zero can tell.
+        return left @ right if b is None else torch.addmm(b, left, right)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,7 +182,8 @@ class Product(torch.autograd.Function):
                 grad_weight = grad.T @ _masked(x, kept_x)
             if on_weight is not None and on_weight.grad_weight == "masked":
                 grad_weight = _masked(grad_weight, kept)
-        return grad_input, grad_weight, None, None, None, None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
 def _masked(values: Tensor, kept: Tensor | None) -> Tensor:
@@ -198,11 +203,11 @@ def _multiplied(x: Tensor, block: Block, scheme: Scheme, match: Match, name: str
     rows, halves = x.to(dtype).reshape(-1, x.shape[-1]), 2 if way == "halves" else 1
     weights = weight.chunk(halves)
     kepts = [None] * len(weights) if kept is None else kept.chunk(halves)
-    parts = [Product.apply(rows, w, k, scheme, match, name) for w, k in zip(weights, kepts, strict=True)]
+    inside = fc.bias is not None and way in ("module", "F.linear", "Conv1D")
+    bias = fc.bias.to(dtype) if inside else None
+    parts = [Product.apply(rows, w, bias, k, scheme, match, name) for w, k in zip(weights, kepts, strict=True)]
     y = torch.cat(parts, -1).view(*x.shape[:-1], weight.shape[0])
-    if fc.bias is None:
-        return y
-    return y + (fc.bias.to(dtype) if way in ("module", "F.linear", "Conv1D") else fc.bias)
+    return y if fc.bias is None or inside else y + fc.bias
 
 
 def reference_of(network: Network, schemes: Mapping[str, Scheme], match: Match) -> Network:
