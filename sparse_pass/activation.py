@@ -29,7 +29,7 @@ from . import input_ops as _input_ops  # noqa: F401  (registers torch.ops.sparse
 from . import ops as _ops  # noqa: F401
 from .editor import Editor
 from .fusion import Activation, activation_of
-from .gemms import Input, Linear, aten, bias_of, input_of, made_by, trace
+from .gemms import Input, Linear, aten, bias_of, input_of, is_flip, made_by, trace
 from .gradient import multiply_sparse
 
 sparse_ops = torch.ops.sparse_pass
@@ -187,14 +187,17 @@ def _reads(linear: Linear, input: Node) -> Iterator[tuple[Node, int, tuple[Node,
 def _gradient_of(input: Input, gemm: Node) -> tuple[Node, bool] | None:
     """The gradient of the input that a GEMM gives, or of what its moves made of it; and whether it is the latter.
 
-    Of a product and a sum the sum has the shape.
+    Of a product and a sum the sum has the shape. Of an operand stored column by column the GEMM may give the transpose,
+    which the shape of a square one does not tell.
     """
     moved = input.chain[-1] if input.chain else input.node
     shapes = [input.node.meta["val"].shape, moved.meta["val"].shape]
-    node = gemm
-    while node.meta["val"].shape not in shapes:
-        following = [user for user in node.users if user.meta.get("seq_nr") == gemm.meta.get("seq_nr")]
-        if len(node.users) != 1 or not following:
-            return None
-        (node,) = following
-    return node, node.meta["val"].shape != shapes[0]
+    node, seq = gemm, gemm.meta.get("seq_nr")
+    while True:
+        following = [user for user in node.users if user.meta.get("seq_nr") == seq]
+        found = node.meta["val"].shape in shapes
+        only = following[0] if following and len(node.users) == 1 else None
+        if only is None or (found and (seq is None or not is_flip(only))):
+            break
+        node = only
+    return (node, node.meta["val"].shape != shapes[0]) if found else None

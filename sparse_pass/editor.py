@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from .gemms import aten, is_flip, is_move
@@ -92,9 +94,14 @@ class Editor:
         captured with those of ``value``: a ``view`` of other strides fails or makes a tensor of other strides.
         """
         strides = value.meta["val"].stride()
-        if mask.meta["val"].stride() == strides or not all(isinstance(stride, int) for stride in strides):
+        if all(statically_known_true(a == b) for a, b in zip(mask.meta["val"].stride(), strides, strict=True)):
             return mask
-        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+
+        def compared(one: int, other: int) -> int:  # strides may be symbols
+            a, b = strides[one], strides[other]
+            return int(statically_known_true(a < b)) - int(statically_known_true(a > b))
+
+        order = sorted(range(len(strides)), key=functools.cmp_to_key(compared))
         inverse = [order.index(dim) for dim in range(len(strides))]
         for target, args, kwargs in (
             (aten.permute.default, (order,), {}),

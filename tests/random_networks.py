@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
+from sparse_pass.config import Scheme, weight_scheme
 
 DTYPES = {
     "float64": torch.float64,
@@ -56,12 +57,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
     "relu": F.relu,
     "relu_": lambda x: x.relu_(),
+    "squared relu": lambda x: F.relu(x.tanh()).square(),  # tanh: squares of squares would overflow
     "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu gate": lambda x: F.silu(x) * x.cos(),
     "tanh": torch.tanh,
     "silu": F.silu,
     "gate": lambda x: x * torch.sigmoid(x),
     "norm": lambda x: F.layer_norm(x, x.shape[-1:]),
 }
+
+FUSED = {
+    "relu": "relu",
+    "relu_": "relu",
+    "squared relu": "squared_relu",
+    "gelu": "gelu",
+    "gelu tanh": "gelu_tanh",
+    "silu gate": "silu_gate",
+}
+"""What the kernels of 2:4 inputs can compute by themselves, as a report has it."""
 
 WAYS: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
     "module": lambda x, fc: fc(x),
@@ -150,13 +164,15 @@ class Block(nn.Module):
                 getattr(self.fc, name).requires_grad_(False)
         self.features = _features(layer.after, n)
 
+    def multiply(self, x: Tensor) -> Tensor:
+        return WAYS[self.layer.way](x, self.fc)
+
     def body(self, x: Tensor) -> Tensor:
         layer = self.layer
         x = MOVES[layer.before](x)
-        multiply = WAYS[layer.way]
-        y = multiply(x, self.fc)
+        y = self.multiply(x)
         if self.again:
-            y = multiply(torch.tanh(y), self.fc)
+            y = self.multiply(torch.tanh(y))
         y = ACTIVATIONS[layer.activation](y)
         if layer.residual and y.shape[-1] == x.shape[-1]:
             y = y + x
@@ -208,7 +224,7 @@ class Example:
     """A network, its config, its input, and how it is run."""
 
     layers: tuple[Layer, ...]
-    config: tuple[tuple[str, sp.WeightSparsity | None], ...]
+    config: tuple[tuple[str, Scheme | None], ...]
     features: int
     batch: tuple[int, ...] = (3,)
     layout: str = "contiguous"
@@ -272,12 +288,12 @@ class Place:
 
     name: str
     names: tuple[str, ...]
-    shape: tuple[int, int]
+    n: int
+    k: int
 
-    @property
-    def legal(self) -> bool:
-        """Whether the weight has 2:4 masks."""
-        return not any(dim % 4 for dim in self.shape)
+    def takes(self, scheme: Scheme) -> bool:
+        """Whether there are the 2:4 masks that a scheme asks for."""
+        return self.k % 4 == 0 and (weight_scheme(scheme) is None or self.n % 4 == 0)
 
 
 def places(network: Network) -> list[Place]:
@@ -286,11 +302,11 @@ def places(network: Network) -> list[Place]:
     for index, block in enumerate(network.blocks):
         aliases = [f"blocks.{i}.fc" for i, other in enumerate(network.blocks) if other.fc.weight is block.fc.weight]
         name = f"blocks.{index}.fc"
-        found.append(Place(name, (name, *(f"{alias}.weight" for alias in aliases)), tuple(block.fc.weight.shape)))
+        found.append(Place(name, (name, *(f"{alias}.weight" for alias in aliases)), block.n, block.k))
     return found
 
 
-def meant(example: Example, place: Place) -> sp.WeightSparsity | None:
+def meant(example: Example, place: Place) -> Scheme | None:
     """The rule of the documentation: an exact name beats patterns, among patterns the first wins."""
 
     def regex(key: str) -> str:
@@ -319,12 +335,31 @@ widths = st.one_of(
     st.integers(4, 200),
 )
 
-schemes = st.builds(
-    sp.WeightSparsity,
-    mask=st.sampled_from(["optimal", "greedy"]),
-    grad_weight=st.sampled_from(["dense", "masked"]),
-    decay=_mostly(0.0, 0.25, 2.0),
-    backend=st.sampled_from(["auto", "cusparselt", "masked_dense"]),
+_backends = st.sampled_from(["auto", "cusparselt", "masked_dense", "cusparselt"])
+
+
+def _weights(*grad_weight: str) -> st.SearchStrategy[sp.WeightSparsity]:
+    return st.builds(
+        sp.WeightSparsity,
+        mask=st.sampled_from(["optimal", "greedy"]),
+        grad_weight=st.sampled_from(grad_weight),
+        decay=_mostly(0.0, 0.25, 2.0),
+        backend=_backends,
+    )
+
+
+_inputs = st.builds(
+    sp.ActivationSparsity,
+    mask=st.sampled_from(["optimal", "greedy", "rowwise"]),
+    grad_input=st.sampled_from(["dense", "masked"]),
+    backend=_backends,
+)
+_of_pairs = _weights("dense", "masked", "mvue")
+schemes = st.one_of(
+    _weights("dense", "masked"),
+    _weights("mvue"),
+    _inputs,
+    st.one_of(st.tuples(_of_pairs, _inputs), st.tuples(_inputs, _of_pairs)),
 )
 
 layers = st.builds(
@@ -361,6 +396,8 @@ def examples(draw: st.DrawFn) -> Example:
     batch = [draw(st.integers(2 if dynamic else 1, 5)) for _ in range(rank)]
     if batch and not dynamic and draw(_mostly(False, True, times=9)):
         batch[draw(st.integers(0, rank - 1))] = 0
+    if not dynamic and draw(_mostly(False, True, times=9)):
+        batch = [features]  # a square input, whose shape does not tell it from its transpose
     moves = [move for layer in chosen for move in (layer.before, layer.after)]
     draft = Example(
         layers=tuple(chosen),
@@ -390,22 +427,28 @@ def _needs_model(network: Network) -> bool:
     return _tied(network) or bool(network.broken)
 
 
+def _without_decay(scheme: Scheme) -> Scheme:
+    parts = scheme if isinstance(scheme, tuple) else (scheme,)
+    parts = tuple(replace(one, decay=0.0) if isinstance(one, sp.WeightSparsity) else one for one in parts)
+    return parts if isinstance(scheme, tuple) else parts[0]
+
+
 @st.composite
-def configs(draw: st.DrawFn, network: Network) -> tuple[tuple[str, sp.WeightSparsity | None], ...]:
+def configs(draw: st.DrawFn, network: Network) -> tuple[tuple[str, Scheme | None], ...]:
     """One to four entries of all kinds; each names a weight, and an exact one names a weight that has masks."""
     known = places(network)
-    legal = [name for place in known if place.legal for name in (place.name, f"{place.name}.weight")]
-    odd = [name for place in known if not place.legal for name in (place.name, f"{place.name}.weight")]
+    exact = {name: place for place in known for name in (place.name, f"{place.name}.weight")}
     numbers = "".join(map(str, range(0, len(known), 2)))
     patterns = ["blocks.*.fc", "*.*.*", "re:.*", rf"re:blocks\.[{numbers}]\.fc", r"re:.*\.fc\.weight"]
     palette = draw(st.lists(schemes, min_size=1, max_size=3))
     if _tied(network) and (network.broken or len(palette) > 1):
         # Decay is added once in each graph, and of two schemes of one parameter it is not defined whose mask it takes.
-        palette = [replace(one, decay=0.0) for one in palette]
+        palette = [_without_decay(one) for one in palette]
     # The first entry names what it can; the others may take some of it back.
-    first = draw(st.sampled_from([*patterns[:3], *legal]))
-    others = draw(st.lists(st.sampled_from([*patterns, *legal, *odd]), max_size=3, unique=True))
-    entries = {first: palette[0]}
+    first = draw(st.sampled_from([*patterns[:3], *(name for name in exact if exact[name].takes(palette[0]))]))
+    others = draw(st.lists(st.sampled_from([*patterns, *exact]), max_size=3, unique=True))
+    entries: dict[str, Scheme | None] = {first: palette[0]}
     for key in others:
-        entries[key] = None if key in odd else draw(_mostly(palette[-1], None, *palette))
+        scheme = draw(_mostly(palette[-1], None, *palette))
+        entries[key] = scheme if key not in exact or scheme is None or exact[key].takes(scheme) else None
     return tuple(draw(st.permutations(list(entries.items()))))

@@ -278,6 +278,31 @@ def test_strides(kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("scheme", [MASKED, (sp.WeightSparsity(), MASKED)], ids=["input", "pair"])
+def test_gradient_of_a_square_input(scheme: Any) -> None:
+    """Of an input stored column by column the matmul gives the transposed gradient, and its shape is the same."""
+    for x in (torch.randn(8, 8), torch.randn(8, 8).t()):
+        with fresh_compile():
+            compare_inputs(nn.Sequential(nn.Linear(8, 12)), {"0": scheme}, x.requires_grad_())
+
+
+def test_gradient_of_an_input_of_symbolic_strides() -> None:
+    """What reads the masked gradient was captured with the strides that it had."""
+
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.down.weight @ F.silu((self.up.weight @ x.mT).mT).mT).mT
+
+    backend = sp.sparse_backend({"down.weight": MASKED}, inner="aot_eager")
+    with invariants_checked():
+        torch.compile(Left(), backend=backend, dynamic=True)(torch.randn(5, 8)).sum().backward()
+    assert backend.report.sites[0].status == "masked_dense"
+
+
 class By(nn.Module):
     """A GEMM written by hand, whose input may be masked, which makes it the reference."""
 

@@ -26,12 +26,26 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import Phase, assume, given, note, seed, settings
-from random_networks import DTYPES, MODULES, Example, Layer, Network, Place, examples, meant, places
-from support import TOLERANCE, Result, errors, fresh_compile, invariants_checked, run, ste_reference, twins
+from random_networks import (
+    DTYPES,
+    FUSED,
+    MODULES,
+    Block,
+    Example,
+    Layer,
+    Network,
+    Place,
+    examples,
+    meant,
+    places,
+)
+from random_reference import Match, Seen, reference_of
+from support import TOLERANCE, Result, errors, fresh_compile, invariants_checked, run, twins
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import sparse_pass as sp
+from sparse_pass.config import input_scheme, weight_scheme
 
 DEVICE = os.environ.get("SPARSE_PASS_DEVICE", "cpu")
 SEED = int(os.environ.get("SPARSE_PASS_SEED", "0"))
@@ -39,7 +53,7 @@ INNERS = [os.environ["SPARSE_PASS_INNER"]] if "SPARSE_PASS_INNER" in os.environ 
 EXAMPLES = {"aot_eager": 500, "inductor": 8}
 SHARDS = {"aot_eager": 4, "inductor": 2}
 
-SPARSE = [("sparse", ""), ("sparse", "the weight is the left operand of the matmul")]
+KERNEL = "cusparselt" if DEVICE == "cuda" else "reference"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -61,7 +75,8 @@ def by_hand(function: Callable[..., Any], *inputs: Tensor) -> Any:
 def check(example: Example, inner: str, masked: Callable[[Example, Place], Any] = meant) -> sp.Report:
     """Compile an example's network with the pass and compare with the reference; check the report.
 
-    Compared are outputs, the gradients of parameters and input, and a second call, which must give the same bits.
+    Compared are outputs, the gradients of parameters and input, what was masked or drawn from, and a second call, which
+    must give the same bits from the same seed.
 
     Args:
         masked: the scheme of each place in the reference; other than by default the check must fail.
@@ -69,23 +84,38 @@ def check(example: Example, inner: str, masked: Callable[[Example, Place], Any] 
     network = example.network(DEVICE)
     before = copy.deepcopy(network.state_dict())
     known = places(network)
-    schemes = {place.name: scheme for place in known if place.legal and (scheme := masked(example, place))}
-    reference = ste_reference(network, schemes)
+    schemes = {}
+    for place in known:
+        scheme = masked(example, place)
+        if scheme is not None and place.takes(scheme):
+            schemes[place.name] = scheme
     backend = sp.sparse_backend(dict(example.config), model=network if example.named else None, inner=inner, tune="off")
     options = {"backward": example.training and _has_leaves(example, network), "context": partial(modes, example)}
+    tolerance = TOLERANCE[gemm_dtype(example)]
+    drawn: dict[str, set[bool]] = {}
     with fresh_compile(), invariants_checked(), torch.set_grad_enabled(example.training):
         mark = example.dynamic == "batch"
         compiled = torch.compile(network, backend=backend, dynamic=None if mark else bool(example.dynamic))
         for x in example.inputs(DEVICE):
             call = partial(run, inputs=[x], **options)
             parameters = dict(network.named_parameters())
-            actual = call(partial(by_hand, compiled), parameters, mark_dynamic=mark)
+            match = Match(seen := Seen())
+            torch.manual_seed(example.seed)
+            with seen.watching():
+                actual = call(partial(by_hand, compiled), parameters, mark_dynamic=mark)
+            torch.manual_seed(example.seed)
             again = call(partial(by_hand, compiled), parameters)
+            reference = reference_of(network, schemes, match)
             expected = call(partial(by_hand, reference), twins(network, reference))
-            _compare(actual, expected, partial(_exact, network, schemes, x, options), TOLERANCE[gemm_dtype(example)])
+            exact = partial(_exact, network, schemes, match, x, options)
+            _compare(_with(actual, match, 0), _with(expected, match, 1), exact, tolerance)
+            match.check_all_taken(tolerance)
             _compare_bits(actual, again)
+            for name, which in match.drawn.items():
+                drawn.setdefault(name, set()).update(which)
         report = backend.report
     _check_report(report, example, network, known)
+    _check_drawn(report, drawn)
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), f"{name} was changed"
     return report
@@ -105,11 +135,17 @@ def _compare(actual: Result, expected: Result, exact: Callable[[], Result], tole
     assert not wrong, f"relative errors above {tolerance} (to the reference, of both to float64): {wrong}"
 
 
-def _exact(network: Network, schemes: dict[str, Any], x: Tensor, options: dict[str, Any]) -> Result:
+def _exact(network: Network, schemes: dict[str, Any], like: Match, x: Tensor, options: dict[str, Any]) -> Result:
     precise = copy.deepcopy(network).double()
-    reference = ste_reference(precise, schemes)
+    reference = reference_of(precise, schemes, match := Match(like.seen, like))
     x = x.detach().double().requires_grad_(x.requires_grad)
-    return run(partial(by_hand, reference), twins(precise, reference), [x], backward=options["backward"])
+    result = run(partial(by_hand, reference), twins(precise, reference), [x], backward=options["backward"])
+    return _with(result, match, 1)
+
+
+def _with(result: Result, match: Match, side: int) -> Result:
+    """Beside the outputs what was masked or drawn from: as the compiled network had it, or as the reference has it."""
+    return Result((*result.outputs, *(pair[side].cpu() for pair in match.pairs)), result.gradients)
 
 
 def _double(result: Result) -> Result:
@@ -130,7 +166,7 @@ def _check_report(report: sp.Report, example: Example, network: Network, known: 
     assert report.unmatched == (), str(report)
     uses = {}
     differentiable = example.input_grad
-    for place, block in zip(known, network.blocks, strict=True):
+    for index, (place, block) in enumerate(zip(known, network.blocks, strict=True)):
         gradients = {"grad_input": {differentiable}, "grad_weight": {block.fc.weight.requires_grad}}
         differentiable |= any(parameter.requires_grad for parameter in block.fc.parameters())
         if block.again:
@@ -138,7 +174,9 @@ def _check_report(report: sp.Report, example: Example, network: Network, known: 
         uses[place.name] = (2 if block.layer.way == "halves" else 1) * (2 if block.again else 1)
         for site in report.sites:
             if site.fqn == place.name:
-                _check_site(site, place, block.layer, named.get(place.name), gemm_dtype(example))
+                assert site.scheme == named.get(place.name), str(site)
+                _check_site(site, place, block.layer, gemm_dtype(example))
+                _check_fused(site, example, block, network.blocks[index - 1] if index else None)
                 for gemm, possible in gradients.items():
                     has = getattr(site, gemm) is not None
                     assert has in {example.training and one for one in possible}, f"{gemm} of {site}\n{report}"
@@ -152,36 +190,86 @@ def _check_report(report: sp.Report, example: Example, network: Network, known: 
         assert counts == expected, f"expected {expected}\n{report}"
 
 
-def _check_site(
-    site: sp.Site, place: Place, layer: Layer, scheme: sp.WeightSparsity | None, dtype: torch.dtype
-) -> None:
-    assert site.scheme == scheme, str(site)
+def _check_site(site: sp.Site, place: Place, layer: Layer, dtype: torch.dtype) -> None:
     assert site.dtype == dtype, str(site)
-    assert not any(word in site.reason for word in ("not found", "left dense", "left as captured")), str(site)
     assert (site.status == "sparse") or site.reason, str(site)
-    n, k = reversed(place.shape) if layer.way == "Conv1D" else place.shape
+    n, k = place.n, place.k
     if layer.way != "halves":
         assert site.shape[1:] == (n, k), str(site)
-    if not place.legal:
-        assert (site.status, site.output) == ("skipped", "dense"), str(site)
-        assert "multiples of 4" in site.reason, str(site)
+    if not place.takes(site.scheme):
+        assert (site.status, site.output, site.fused) == ("skipped", "dense", None), str(site)
+        assert "multiple" in site.reason, str(site)
         return
-    asked = site.scheme.backend == "cusparselt" or (DEVICE == "cuda" and site.scheme.backend == "auto")
-    possible = asked and dtype in KERNEL_DTYPES and n % 64 == k % 64 == 0
-    if not possible:
-        assert site.status == "masked_dense", str(site)
-    elif layer.way in (*MODULES, "F.linear"):
-        # Torch makes a bmm of a linear whose input cannot be viewed as rows, if its weight, or a cast of it, is frozen.
-        batched = "the graph has it as aten.bmm.default" in site.reason
-        # Inputs with the features outermost have a grad_input with the weight on the left.
-        assert batched or (site.status, site.reason.removeprefix("grad_input: ")) in SPARSE, str(site)
-    assert site.grad_weight in ("dense", None), str(site)
+    on_weight, on_input = weight_scheme(site.scheme), input_scheme(site.scheme)
+    mvue = on_weight is not None and on_weight.grad_weight == "mvue"
+    # Torch makes a bmm of a linear whose input cannot be viewed as rows, if its weight, or a cast of it, is frozen.
+    other_op = "the graph has it as" in site.reason
+    left_dense = mvue and site.grad_weight == "dense"
+    if left_dense:
+        assert "not as one matmul of grad_output and input; left dense" in site.reason, str(site)
+    else:
+        assert not any(word in site.reason for word in ("left dense", "left as captured")), str(site)
+    assert "not found" not in site.reason, str(site)
+
+    def possible(scheme: sp.WeightSparsity | sp.ActivationSparsity | None, *multiples: int) -> bool:
+        asked = scheme is not None and (scheme.backend == "cusparselt" or (DEVICE, scheme.backend) == ("cuda", "auto"))
+        return asked and dtype in KERNEL_DTYPES and not any(at % by for at, by in zip((n, k), multiples, strict=True))
+
+    by_weight, by_grad = possible(on_weight, 64, 64), mvue and possible(on_weight, 64, 16)
+    by_input = possible(on_input, 16, 64) and on_input is not None and on_input.mask != "rowwise"
+    for gemm, expected in {
+        "output": by_weight if on_input is None else by_input,
+        "grad_input": by_weight if on_weight is not None else None,
+        "grad_weight": by_grad if mvue else by_input if on_input is not None else None,
+    }.items():
+        kernel = getattr(site, gemm)
+        if kernel is None or (gemm == "grad_weight" and left_dense):
+            continue
+        if expected is None:
+            assert kernel == "dense", f"{gemm}: {site}"
+        elif not expected:
+            # Half of a weight may have another N that fits.
+            assert kernel == "masked_dense" or (kernel == KERNEL and layer.way == "halves"), f"{gemm}: {site}"
+        elif kernel != KERNEL:
+            assert kernel == "masked_dense", f"{gemm}: {site}"
+            usual = layer.way in (*MODULES, "F.linear") and not other_op
+            # Inputs with the features outermost have a grad_input with the weight on the left.
+            left = gemm == "grad_input" and "grad_input: the weight is the left operand of the matmul" in site.reason
+            assert left or not usual, f"{gemm}: {site}"
+    sparse = KERNEL in (site.output, site.grad_input, site.grad_weight)
+    assert site.status == ("sparse" if sparse else "masked_dense"), str(site)
+
+
+def _check_fused(site: sp.Site, example: Example, block: Block, previous: Block | None) -> None:
+    """Nothing is fused but the activation function right before, and that is where nothing else reads it."""
+    scheme = input_scheme(site.scheme)
+    name = None if previous is None else FUSED.get(previous.layer.activation)
+    assert site.fused in (None, name), str(site)
+    if scheme is None or previous is None or name is None or site.fused is not None:
+        return
+    plain = all(one.layer.way == "module" and not one.layer.residual and not one.again for one in (block, previous))
+    plain &= not (block.layer.before or previous.layer.after or example.autocast or example.broken or example.dynamic)
+    plain &= name != "relu" and example.layout == "contiguous"  # relu's gradient reads its result
+    checkpointed = block.layer.checkpointed or previous.layer.checkpointed
+    sparse = site.output == KERNEL and site.grad_weight in (None, KERNEL) and scheme.grad_input == "dense"
+    mvue = isinstance(site.scheme, tuple) and weight_scheme(site.scheme).grad_weight == "mvue"  # reads all of the input
+    frozen = site.grad_weight is None
+    assert not (plain and sparse) or checkpointed or mvue or frozen, f"not fused: {site}"
+
+
+def _check_drawn(report: sp.Report, drawn: dict[str, set[bool]]) -> None:
+    """The gradients that the report says are 2:4 were drawn, and no others."""
+    if any("also serves" in one for one in report.notes):
+        return
+    for name, which in drawn.items():
+        said = {site.grad_weight != "dense" for site in report.sites if site.fqn == name and site.grad_weight}
+        assert which <= said, f"drawn for {name}: {which}\n{report}"
 
 
 def _reproduce(example: Example, inner: str) -> str:
     """A line for a shell in the tests' folder."""
-    code = f"from test_properties import *; print(check({example!r}, {inner!r}))"
-    return f"""SPARSE_PASS_DEVICE={DEVICE} python -c "from sparse_pass import WeightSparsity; {code}" """
+    imports = "from sparse_pass import ActivationSparsity, WeightSparsity; from test_properties import *"
+    return f"""SPARSE_PASS_DEVICE={DEVICE} python -c "{imports}; print(check({example!r}, {inner!r}))" """
 
 
 def shards() -> list[Any]:
@@ -223,27 +311,46 @@ PLAIN = Example(
 )
 
 
-def unmasked_at(index: int) -> Callable[[Example, Place], Any]:
-    return lambda example, place: None if place.name == f"blocks.{index}.fc" else meant(example, place)
-
-
 def changed(**fields: Any) -> Callable[[Example, Place], Any]:
     return lambda example, place: replace(sp.WeightSparsity(grad_weight="masked", decay=5.0), **fields)
 
 
+INPUTS = replace(PLAIN, config=(("blocks.*.fc", sp.ActivationSparsity(grad_input="masked")),))
+DRAWN = replace(PLAIN, config=(("blocks.*.fc", sp.WeightSparsity(grad_weight="mvue")),), batch=(12,))
+PAIR = replace(PLAIN, config=(("blocks.*.fc", (sp.WeightSparsity(), sp.ActivationSparsity())),))
+
+
+def instead(scheme: Any, *names: str) -> Callable[[Example, Place], Any]:
+    """Another scheme of the places so named, or of all."""
+    return lambda example, place: scheme if not names or place.name in names else meant(example, place)
+
+
 WRONG = {
-    "first dense": unmasked_at(0),
-    "last dense": unmasked_at(1),
-    "other masks": changed(mask="greedy"),
-    "gradient unmasked": changed(grad_weight="dense"),
-    "no decay": changed(decay=0.0),
-    "other decay": changed(decay=10.0),
+    "first dense": (PLAIN, instead(None, "blocks.0.fc")),
+    "last dense": (PLAIN, instead(None, "blocks.1.fc")),
+    "other masks": (PLAIN, changed(mask="greedy")),
+    "gradient unmasked": (PLAIN, changed(grad_weight="dense")),
+    "no decay": (PLAIN, changed(decay=0.0)),
+    "other decay": (PLAIN, changed(decay=10.0)),
+    "first input dense": (INPUTS, instead(None, "blocks.0.fc")),
+    "last input dense": (INPUTS, instead(None, "blocks.1.fc")),
+    "other masks of inputs": (INPUTS, instead(sp.ActivationSparsity(mask="rowwise", grad_input="masked"))),
+    "gradient of inputs unmasked": (INPUTS, instead(sp.ActivationSparsity())),
+    "nothing drawn for the first": (DRAWN, instead(sp.WeightSparsity(), "blocks.0.fc")),
+    "nothing drawn for the last": (DRAWN, instead(sp.WeightSparsity(), "blocks.1.fc")),
+    "inputs alone": (PAIR, instead(sp.ActivationSparsity())),
+    "weights alone": (PAIR, instead(sp.WeightSparsity())),
 }
+
+
+@pytest.mark.parametrize("right", [PLAIN, INPUTS, DRAWN, PAIR], ids=["weights", "inputs", "drawn", "pair"])
+def test_the_reference_of_these_is_right(right: Example) -> None:
+    check(right, "aot_eager")
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_reference_is_noticed(wrong: str) -> None:
-    check(PLAIN, "aot_eager")
-    for example in (PLAIN, replace(PLAIN, autocast="bfloat16")):
+    example, masked = WRONG[wrong]
+    for one in (example, replace(example, autocast="bfloat16")):
         with pytest.raises(AssertionError, match="relative errors"):
-            check(example, "aot_eager", masked=WRONG[wrong])
+            check(one, "aot_eager", masked=masked)

@@ -1,0 +1,231 @@
+"""The straight-through reference of a random network: what the schemes say, eager.
+
+What is chosen from numbers that rounding may change is not chosen twice: a near tie of two magnitudes has either mask,
+and a last bit of grad_output draws another element. So the operators of the compiled network are watched, and the
+reference masks by what they saw and draws with their seeds. That they saw what it has itself is compared too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from random_networks import Block, Network, Scheme
+from support import decay_of, mask_by_hand, ste_reference
+from torch import Tensor
+
+import sparse_pass as sp
+from sparse_pass import cuda_ops, reference_activation, reference_mvue
+from sparse_pass.config import input_scheme, weight_scheme
+
+FUSED: dict[str, Callable[..., Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x) ** 2,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu_gate": lambda x, gate: F.silu(x) * gate,
+}
+INPUTS = ("input_mask24", "sparsify_input")
+GRADS = ("mvue24", "sparsify_mvue", "sparsify_mvue_sum")
+
+
+class Seen:
+    """What the operators of one call of a compiled network were given."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        """As a matrix, after the activation function that is fused."""
+        self.grads: list[tuple[Tensor, Tensor]] = []
+        """grad_output, and the seed."""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        modules: list[Any] = [reference_activation, reference_mvue, cuda_ops]
+        if torch.cuda.is_available():
+            from sparse_pass.kernels import compiled  # what Inductor's code calls
+
+            modules.append(compiled)
+        with ExitStack() as stack:
+            inside: list[str] = []
+            for module in modules:
+                for name in (*INPUTS, *GRADS):
+                    if hasattr(module, name):
+                        stack.enter_context(mock.patch.object(module, name, self._watched(module, name, inside)))
+            yield
+
+    def _watched(self, module: Any, name: str, inside: list[str]) -> Callable[..., Any]:
+        kernel, note = getattr(module, name), self._input if name in INPUTS else self._grad
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not inside:  # some are made of others
+                note(*args)
+            inside.append(name)
+            try:
+                return kernel(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        return call
+
+    def _input(self, x: Tensor, *rest: Any) -> None:
+        gate, activation = (rest[0], rest[2]) if len(rest) == 3 else (None, "none")
+        sources = [x] if gate is None else [x, gate]
+        made = x if activation == "none" else FUSED[activation](*(one.float() for one in sources)).to(x.dtype)
+        self.inputs.append(made.detach().clone().reshape(-1, x.shape[-1]))
+
+    def _grad(self, grad: Tensor, seed: Tensor) -> None:
+        self.grads.append((grad.detach().clone(), seed.clone()))
+
+
+class Match:
+    """What a run of the reference takes of `Seen`.
+
+    A call takes the nearest that was seen, as there are calls that no operator sees and operators that run again in a
+    backward. ``pairs`` has what was seen, and beside it what the reference has in its place: they must agree.
+
+    Args:
+        like: another run of the reference, the choices of which are repeated.
+    """
+
+    def __init__(self, seen: Seen, like: Match | None = None) -> None:
+        self.seen, self.like = seen, like
+        self.inputs: list[int] = []
+        self.grads: list[int | None] = []
+        self.drawn: dict[str, set[bool]] = defaultdict(set)
+        """By the name of a place: whether its gradients were drawn."""
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def input(self, x: Tensor) -> Tensor:
+        """What was seen of an input."""
+        if self.like is not None:
+            at: int | None = self.like.inputs[len(self.inputs)]
+        else:
+            at = _nearest(x, dict(enumerate(self.seen.inputs)))
+        assert at is not None, f"no input {list(x.shape)} was masked"
+        self.inputs.append(at)
+        self.pairs.append((self.seen.inputs[at], x.detach()))
+        return self.seen.inputs[at]
+
+    def grad(self, grad: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
+        """What was seen of a grad_output, and the seed; None if it stayed dense."""
+        if self.like is not None:
+            at = self.like.grads[len(self.grads)]
+        else:
+            left = {index: one for index, (one, _) in enumerate(self.seen.grads) if index not in self.grads}
+            at = _nearest(grad, left)
+            if at is not None and _distance(left[at], grad) > 0.5 * float(grad.double().norm()):
+                at = None
+        self.grads.append(at)
+        self.drawn[name].add(at is not None)
+        if at is None:
+            return None
+        self.pairs.append((self.seen.grads[at][0], grad))
+        return self.seen.grads[at]
+
+    def check_all_taken(self, tolerance: float) -> None:
+        """Nothing was masked or drawn that the reference has not."""
+        left = len(self.seen.grads) - len({at for at in self.grads if at is not None})
+        assert not left, f"{left} gradients were drawn for no linear of the reference"
+        taken = {at: self.seen.inputs[at] for at in self.inputs}
+        for at, x in enumerate(self.seen.inputs):
+            # A backward that runs the forward again masks the same input again.
+            same = _nearest(x, taken)
+            found = at in taken or (same is not None and _distance(taken[same], x) <= tolerance * float(x.norm()))
+            assert found, f"an input {list(x.shape)} was masked that no linear of the reference has"
+
+
+def _distance(one: Tensor, two: Tensor) -> float:
+    return float((one.detach().double() - two.detach().double()).norm())
+
+
+def _nearest(x: Tensor, among: Mapping[int, Tensor]) -> int | None:
+    fitting = {at: _distance(one, x) for at, one in among.items() if one.shape == x.shape}
+    return min(fitting, key=lambda at: fitting[at], default=None)
+
+
+class Product(torch.autograd.Function):
+    """x [M, K] times w^T [K, N] and b, by the table of the README."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, kept: Tensor | None, scheme: Scheme, match: Match, name: str
+    ) -> Tensor:
+        on_input = input_scheme(scheme)
+        kept_x = None if on_input is None else mask_by_hand(match.input(x), on_input.mask)
+        ctx.save_for_backward(x, w, kept, kept_x)
+        ctx.scheme, ctx.match, ctx.name = scheme, match, name
+        left, right = (x, _masked(w, kept).T) if kept_x is None else (_masked(x, kept_x), w.T)
+        # Rounded once, as by the graph: a relu of what is nearly zero can tell.
+        return left @ right if b is None else torch.addmm(b, left, right)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, kept, kept_x = ctx.saved_tensors
+        on_weight, on_input = weight_scheme(ctx.scheme), input_scheme(ctx.scheme)
+        grad_weight = None
+        grad_input = grad @ _masked(w, kept)
+        if on_input is not None and on_input.grad_input == "masked":
+            grad_input = _masked(grad_input, kept_x)
+        if ctx.needs_input_grad[1]:
+            if on_weight is not None and on_weight.grad_weight == "mvue":
+                drawn = ctx.match.grad(grad, ctx.name)
+                estimate = grad if drawn is None else reference_mvue.mvue24(*drawn).to(grad.dtype)
+                grad_weight = estimate.T @ x
+            else:
+                grad_weight = grad.T @ _masked(x, kept_x)
+            if on_weight is not None and on_weight.grad_weight == "masked":
+                grad_weight = _masked(grad_weight, kept)
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_input, grad_weight, grad_bias, None, None, None, None
+
+
+def _masked(values: Tensor, kept: Tensor | None) -> Tensor:
+    return values if kept is None else torch.where(kept, values, 0)
+
+
+def _multiplied(x: Tensor, block: Block, scheme: Scheme, match: Match, name: str) -> Tensor:
+    """What `Block.multiply` gives, whatever its way."""
+    fc, way, on_weight = block.fc, block.layer.way, weight_scheme(scheme)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    weight, kept = fc.weight.to(dtype), None
+    if on_weight is not None:
+        kept = sp.mask24(fc.weight, on_weight.mask)
+    if way == "Conv1D":
+        weight, kept = weight.T, None if kept is None else kept.T
+    rows, halves = x.to(dtype).reshape(-1, x.shape[-1]), 2 if way == "halves" else 1
+    weights = weight.chunk(halves)
+    kepts = [None] * len(weights) if kept is None else kept.chunk(halves)
+    inside = fc.bias is not None and way in ("module", "F.linear", "Conv1D")
+    bias = fc.bias.to(dtype) if inside else None
+    parts = [Product.apply(rows, w, bias, k, scheme, match, name) for w, k in zip(weights, kepts, strict=True)]
+    y = torch.cat(parts, -1).view(*x.shape[:-1], weight.shape[0])
+    return y if fc.bias is None or inside else y + fc.bias
+
+
+def reference_of(network: Network, schemes: Mapping[str, Scheme], match: Match) -> Network:
+    """A copy: weights that are only masked by a parametrization, all else by `Product`."""
+    masked = {
+        name: scheme
+        for name, scheme in schemes.items()
+        if isinstance(scheme, sp.WeightSparsity) and scheme.grad_weight != "mvue"
+    }
+    reference = ste_reference(network, masked)
+    decayed = set()
+    for name, scheme in schemes.items():
+        if name in masked:
+            continue
+        block = reference.get_submodule(name.removesuffix(".fc"))
+        block.multiply = partial(_multiplied, block=block, scheme=scheme, match=match, name=name)
+        weight, on_weight = block.fc.weight, weight_scheme(scheme)
+        if on_weight is not None and on_weight.decay and weight.requires_grad and id(weight) not in decayed:
+            decayed.add(id(weight))
+            weight.register_hook(lambda gradient, w=weight, s=on_weight: gradient + decay_of(w, s))
+    return reference
