@@ -91,9 +91,8 @@ def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
     upper, lower = _larger(a0, a1), _larger(a2, a3)
     rest = (_smaller(a0, a1) + _smaller(a2, a3)) + _smaller(upper, lower)
     # 2^-140, by its bits: Triton 3.6 takes a denormal constant for a float64.
-    h = _smaller(rest, (rest + _larger(upper, lower)) * 0.5) + tl.full(rest.shape, 512, tl.int32).to(
-        tl.float32, bitcast=True
-    )
+    tiny = tl.full(rest.shape, 512, tl.int32).to(tl.float32, bitcast=True)
+    h = _smaller(rest, (rest + _larger(upper, lower)) * 0.5) + tiny
     e0 = _smaller(a0, h)
     e1 = e0 + _smaller(a1, h)
     e2 = e1 + _smaller(a2, h)
@@ -106,7 +105,8 @@ def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
     chosen = (first * 34.0 + (second * 8704.0 + 8392720.0)).to(tl.int32, bitcast=True)
     values = layout.permute_bytes(low, high, chosen)
     # -2147450880 is 0x80008000, the signs. As 16-bit integers: above the bits of the infinities there is only NaN.
-    return layout.larger_halves(values & 0x7FFF7FFF, layout.round_pair(h, h, DTYPE)) | (values & -2147450880), chosen, (x0 + x1) + (x2 + x3)
+    sizes = layout.larger_halves(values & 0x7FFF7FFF, layout.round_pair(h, h, DTYPE))
+    return sizes | (values & -2147450880), chosen, (x0 + x1) + (x2 + x3)
 
 
 @triton.jit
