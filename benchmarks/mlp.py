@@ -82,7 +82,13 @@ def _step(run, model: nn.Module, x: torch.Tensor, grad: torch.Tensor):
 
 
 def measure(
-    shape: tuple[int, int, int], dtype: torch.dtype, mode: str, activation: str, variants: list[str], seconds: float
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    mode: str,
+    activation: str,
+    variants: list[str],
+    seconds: float,
+    naive: bool,
 ) -> list[dict[str, object]]:
     torch._dynamo.reset()
     torch.cuda.empty_cache()
@@ -101,7 +107,11 @@ def measure(
     peaks = {name: peak_gib(step) for name, step in steps.items()}
     weights = (model.fc1.weight.detach(), model.fc2.weight.detach())
     shared = {
-        "naive _cslt us": microseconds(_step(lambda x: _naive(model, x), model, x, grad), seconds / 4),
+        **(
+            {"naive _cslt us": microseconds(_step(lambda x: _naive(model, x), model, x, grad), seconds / 4)}
+            if naive
+            else {}
+        ),
         "s24_inp_sparsify24 us": microseconds(
             lambda: [torch.ops.sparse_pass.sparsify(w, "optimal") for w in weights], seconds / 4
         ),
@@ -139,6 +149,7 @@ def main() -> None:
     parser.add_argument("--activations", nargs="+", default=list(ACTIVATIONS), choices=list(ACTIVATIONS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--shapes", nargs="+", type=int, default=list(range(len(SHAPES))), help="numbers of SHAPES")
+    parser.add_argument("--no-naive", dest="naive", action="store_false", help="without the route by torch._cslt_*")
     parser.add_argument("--name", default="mlp", help="name of the result files")
     args = parser.parse_args()
     rows = [
@@ -147,7 +158,9 @@ def main() -> None:
         for mode in args.modes
         for activation in args.activations
         for shape in args.shapes
-        for row in measure(SHAPES[shape], getattr(torch, dtype), mode, activation, args.variants, args.seconds)
+        for row in measure(
+            SHAPES[shape], getattr(torch, dtype), mode, activation, args.variants, args.seconds, args.naive
+        )
     ]
     about = (
         "MLP forward and backward, GPU microseconds a step (median), input needs its gradient; act24: the second layer."
