@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
 from . import layout, tiles
+from .launch import launch
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -220,17 +221,12 @@ def _launch(
     packed: bool,
     bounded: bool,
 ) -> None:
-    _mvue_kernel[grid](
-        grad,
-        seed,
-        out,
-        out if sums is None else sums,
-        *grad.shape,
-        *grad.stride(),
-        DTYPE=tiles.TRITON_DTYPE[grad.dtype],
-        PACKED=packed,
-        BOUNDED=bounded,
-        SUMS=sums is not None,
+    launch(
+        _mvue_kernel,
+        grid,
+        (grad, seed, out, out if sums is None else sums),
+        (*grad.shape, *grad.stride()),
+        (tiles.TRITON_DTYPE[grad.dtype], packed, bounded, sums is not None),
         # Fewer warps exchange fewer partial sums, and what a thread computes once serves four tiles.
-        num_warps=2 if packed else 4,
+        2 if packed else 4,
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
 from . import activations, layout, masks, tiles
+from .launch import launch
 
 # Two tiles a thread: 96 registers, no spills, five programs on an SM.
 _WARPS = 4
@@ -179,24 +180,22 @@ def _launch(
 ) -> None:
     rows, cols = source.shape
     gate = source if gate is None else gate
-    _sparsify_kernel[cols // 64, triton.cdiv(rows, 64)](
-        source,
-        packed_t if packed is None else packed,
-        packed if packed_t is None else packed_t,
-        gate,
-        rows,
-        cols,
-        source.stride(0),
-        source.stride(1),
-        gate.stride(0),
-        gate.stride(1),
-        DTYPE=tiles.TRITON_DTYPE[dtype],
-        GREEDY=mask == "greedy",
-        ACTIVATION=activation,
-        BOUNDED=rows % 64 != 0,
-        PACK=packed is not None,
-        PACK_T=packed_t is not None,
-        num_warps=_WARPS,
+    target = packed if packed is not None else packed_t
+    assert target is not None
+    launch(
+        _sparsify_kernel,
+        (cols // 64, triton.cdiv(rows, 64)),
+        (source, target, target if packed_t is None else packed_t, gate),
+        (rows, cols, *source.stride(), *gate.stride()),
+        (
+            tiles.TRITON_DTYPE[dtype],
+            mask == "greedy",
+            activation,
+            rows % 64 != 0,
+            packed is not None,
+            packed_t is not None,
+        ),
+        _WARPS,
     )
 
 
@@ -207,14 +206,12 @@ def mask24(weight: Tensor, mask: str) -> Tensor:
     """
     rows, cols = weight.shape
     kept = torch.empty(rows, cols, dtype=torch.bool, device=weight.device)
-    _mask24_kernel[triton.cdiv(cols, 64), triton.cdiv(rows, 64)](
-        weight,
-        kept.view(torch.int32),
-        rows,
-        cols,
-        weight.stride(0),
-        weight.stride(1),
-        GREEDY=mask == "greedy",
-        num_warps=_WARPS,
+    launch(
+        _mask24_kernel,
+        (triton.cdiv(cols, 64), triton.cdiv(rows, 64)),
+        (weight, kept.view(torch.int32)),
+        (rows, cols, *weight.stride()),
+        (mask == "greedy",),
+        _WARPS,
     )
     return kept
