@@ -39,4 +39,5 @@ def launch(
     if compiled is not None and not addresses % _ALIGNMENT:  # the interpreter compiles nothing
         while len(_RUNNERS) >= _LIMIT:
             _RUNNERS.pop(next(iter(_RUNNERS)), None)
-        _RUNNERS[key] = compiled[(*grid, 1)]
+        blocks = (*grid, 1)
+        _RUNNERS[key] = compiled[blocks]
