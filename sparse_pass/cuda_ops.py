@@ -191,9 +191,9 @@ def _product(form: Form, packed: Tensor, dense: Tensor, rows: int, tuned: bool) 
 
 
 def _padded_rows(matrix: Tensor) -> Tensor:
-    """With rows of zeros up to a multiple of 64, which meet zeros that are not stored: any number would do but NaN."""
-    added = reference.padded(matrix.shape[0]) - matrix.shape[0]
-    return F.pad(matrix, (0, 0, 0, added)) if added else matrix
+    from .kernels import cusparselt
+
+    return cusparselt.padded_rows(matrix)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.virtualized import V
 
-from . import cuda_ops
+from . import cuda_ops, reference
 from . import grad_ops as _grad_ops  # noqa: F401  (registers torch.ops.sparse_pass)
 from . import input_ops as _input_ops  # noqa: F401
 from . import ops as _ops  # noqa: F401
@@ -38,8 +38,8 @@ _REFERENCES = {
 }
 _LINEAR_ROWS = 8
 """`linear` takes a multiple of as many rows."""
-_TILE_ROWS = 64
-"""The kernels that pack rows, or contract over them, take a multiple of as many."""
+_TILE_ROWS = reference.TILE
+"""What the kernels that pack rows, or contract over them, pad rows to."""
 
 
 def _import_into(wrapper: Any, kernel: ir.ExternKernel) -> None:
@@ -75,6 +75,14 @@ def _kernel(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def _is_multiple(size: Any, of: int) -> bool:
     sizes = V.graph.sizevars
     return bool(sizes.statically_known_multiple_of(size, of) and sizes.statically_known_gt(size, 0))
+
+
+def _in_tiles(rows: Any) -> Any:
+    """A number of rows in whole tiles, or None if it is not known whether there are any or how many are missing."""
+    if _is_multiple(rows, _TILE_ROWS):
+        return rows
+    is_number = isinstance(rows, int) or rows.is_Integer
+    return reference.padded(int(rows)) if is_number and rows > 0 else None
 
 
 def _call_op(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,8 +155,8 @@ def _lower_sparsify_one(weight: Any, mask: str, transposed: bool, *, dtype: torc
 def _lower_sparsify_mvue(grad: Any, seed: Any) -> Any:
     device, dtype = grad.get_device(), grad.get_dtype()
     kernel = _kernel("sparsify_mvue", device, dtype)
-    rows, cols = grad.get_size()
-    if kernel is None or not _is_multiple(rows, _TILE_ROWS):
+    rows, cols = _in_tiles(grad.get_size()[0]), grad.get_size()[1]
+    if kernel is None or rows is None:
         return _call_op(_sparse_ops.sparsify_mvue.default, grad, seed)
     inputs = [_stride1(grad), ir.ExternKernel.realize_input(seed)]
     return _making(kernel, [_packed(device, dtype, rows * cols * 9 // 16)], inputs)
@@ -157,8 +165,8 @@ def _lower_sparsify_mvue(grad: Any, seed: Any) -> Any:
 def _lower_sparsify_mvue_sum(grad: Any, seed: Any) -> Any:
     device, dtype = grad.get_device(), grad.get_dtype()
     kernel = _kernel("sparsify_mvue_sum", device, dtype)
-    rows, cols = grad.get_size()
-    if kernel is None or not _is_multiple(rows, _TILE_ROWS):
+    rows, cols = _in_tiles(grad.get_size()[0]), grad.get_size()[1]
+    if kernel is None or rows is None:
         return _call_op(_sparse_ops.sparsify_mvue_sum.default, grad, seed)
     sums = ir.FixedLayout(device, torch.float32, [rows // _TILE_ROWS, cols], [cols, 1])
     inputs = [_stride1(grad), ir.ExternKernel.realize_input(seed)]
@@ -168,7 +176,7 @@ def _lower_sparsify_mvue_sum(grad: Any, seed: Any) -> Any:
 def _lower_grad_weight(packed: Any, input: Any, out_features: Any, *, tuned: bool = False) -> Any:
     rows, cols = input.get_size()
     kernel = _kernel("grad_weight_into", input.get_device(), input.get_dtype())
-    if kernel is None or not _is_multiple(rows, _TILE_ROWS) or not _is_multiple(cols, _LINEAR_ROWS):
+    if kernel is None or _in_tiles(rows) is None or not _is_multiple(cols, _LINEAR_ROWS):
         return _call_op(_sparse_ops.grad_weight.default, packed, input, out_features, tuned=tuned)
     return _into(kernel, input, [out_features, cols], (packed, input), tuned=tuned)
 
@@ -176,8 +184,8 @@ def _lower_grad_weight(packed: Any, input: Any, out_features: Any, *, tuned: boo
 def _lower_sparsify_input(input: Any, gate: Any, mask: str, activation: str) -> Any:
     device, dtype = input.get_device(), input.get_dtype()
     kernel = _kernel("sparsify_input", device, dtype)
-    rows, cols = input.get_size()
-    if kernel is None or not _is_multiple(rows, _TILE_ROWS):
+    rows, cols = _in_tiles(input.get_size()[0]), input.get_size()[1]
+    if kernel is None or rows is None:
         return _call_op(_sparse_ops.sparsify_input.default, input, gate, mask, activation)
     # The gate comes second, or None does.
     inputs = [_stride1(x) for x in (input, gate) if x is not None]
@@ -196,7 +204,7 @@ def _lower_input_linear(packed: Any, weight: Any, rows: Any, *, tuned: bool = Fa
 def _lower_input_grad_weight(packed_t: Any, grad_output: Any, in_features: Any, *, tuned: bool = False) -> Any:
     rows, out_features = grad_output.get_size()
     kernel = _kernel("input_grad_weight_into", grad_output.get_device(), grad_output.get_dtype())
-    if kernel is None or not _is_multiple(rows, _TILE_ROWS) or not _is_multiple(out_features, _LINEAR_ROWS):
+    if kernel is None or _in_tiles(rows) is None or not _is_multiple(out_features, _LINEAR_ROWS):
         return _call_op(_sparse_ops.input_grad_weight.default, packed_t, grad_output, in_features, tuned=tuned)
     return _into(kernel, grad_output, [out_features, in_features], (packed_t, grad_output), tuned=tuned)
 

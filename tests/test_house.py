@@ -43,7 +43,7 @@ ALLOWED = {
     "find": "backward fqn gemms",
     "backward": "gemms",
     "gemms": "",
-    "lowering": "cuda_ops grad_ops input_ops ops",
+    "lowering": "cuda_ops grad_ops input_ops ops reference",
     "grad_ops": "cuda_ops ops reference reference_mvue",
     "ops": "cuda_ops reference reference_activation",
     "reference_activation": "reference",
