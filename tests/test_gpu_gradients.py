@@ -232,9 +232,9 @@ class Mlp(nn.Module):
         return self.fc2(F.relu(self.fc1(x)).square())
 
 
-def model_and_input() -> tuple[nn.Module, Tensor]:
+def model_and_input(rows: int = 192) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return Mlp().to("cuda", torch.bfloat16), normal(192, 256, dtype=torch.bfloat16).requires_grad_()
+    return Mlp().to("cuda", torch.bfloat16), normal(rows, 256, dtype=torch.bfloat16).requires_grad_()
 
 
 def dense(scheme: object) -> object:
@@ -244,9 +244,10 @@ def dense(scheme: object) -> object:
     return replace(scheme, backend="masked_dense")
 
 
+@pytest.mark.parametrize("rows", [192, 200], ids=["whole tiles", "padded"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_trains_like_masked_dense(name):
-    model, x = model_and_input()
+def test_trains_like_masked_dense(name, rows):
+    model, x = model_and_input(rows)
     found, config = [], CONFIGS[name]
     for schemes in (config, {key: dense(scheme) for key, scheme in config.items()}):
         backend = sp.sparse_backend(schemes, model=model, tune="off")
