@@ -1,4 +1,4 @@
-"""Launch Triton kernels at a third of the host time of ``kernel[grid](...)``."""
+"""Launch Triton kernels at a fraction of the host time of ``kernel[grid](...)``."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ def launch(
     which with the constants tells those of the others, and with pointers that are multiples of 16, as nearly all are.
     Other calls go Triton's way.
     """
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    aligned = not any(address % _ALIGNMENT for address in addresses)
     key = (kernel, tensors[0].get_device(), tensors[0].dtype, numbers, constants, num_warps)
-    runner = None if addresses % _ALIGNMENT else _RUNNERS.get(key)
+    runner = _RUNNERS.get(key) if aligned else None
     if runner is not None:
-        runner(*tensors, *numbers, *constants)
+        runner(*addresses, *numbers, *constants)  # for a tensor it would ask the driver
         return
     compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
-    if compiled is not None and not addresses % _ALIGNMENT:  # the interpreter compiles nothing
+    if compiled is not None and aligned:  # the interpreter compiles nothing
         while len(_RUNNERS) >= _LIMIT:
             _RUNNERS.pop(next(iter(_RUNNERS)), None)
         blocks = (*grid, 1)
