@@ -91,27 +91,33 @@ def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> di
 
     Args:
         graph_module: as Dynamo hands it to a backend; its placeholders know where they came from.
-        model: makes names absolute where the graph is that of a part of the model. Parameters of other
-            models in the same graph have no names then: an empty tuple.
+        model: makes names absolute where the graph is that of a part of the model. 2-D weights have the names
+            that `linear_weights` knows then; those without any, and the parameters of other models in the same
+            graph, have an empty tuple.
     """
-    by_identity: dict[int, list[str]] = {}
+    by_identity: dict[int, tuple[str, ...]] = {}
+    by_name: dict[str, int] = {}
     if model is not None:
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            by_identity.setdefault(id(parameter), []).append(normalize(name))
-    absolute = [name for names in by_identity.values() for name in names]
+        linear = linear_weights(model)
+        for raw, parameter in model.named_parameters(remove_duplicate=False):
+            name, known = normalize(raw), by_identity.get(id(parameter), ())
+            by_name[name] = id(parameter)
+            # Of a 2-D weight only the names that `check_names` and `prune_` know, too: not that of the table
+            # of embeddings that a linear shares.
+            by_identity[id(parameter)] = (*known, name) if parameter.dim() != 2 or name in linear else known
     parameters = list(_parameter_inputs(graph_module))
     holders = {_holder(text) for _, text, example in parameters if id(example) in by_identity}
     found: dict[int, tuple[str, ...]] = {}
     for index, text, example in parameters:
         path = from_source(text)
         if id(example) in by_identity:
-            found[index] = tuple(by_identity[id(example)])
+            found[index] = by_identity[id(example)]
         elif holders and _holder(text) not in holders:
             found[index] = ()  # of another model, such as the teacher of this one
         elif path:
             # FSDP swaps parameters, so identity can fail where the path does not.
-            longer = tuple(name for name in absolute if name == path or name.endswith(f".{path}"))
-            found[index] = longer if len(longer) == 1 else (path,)
+            longer = [name for name in by_name if name == path or name.endswith(f".{path}")]
+            found[index] = by_identity[by_name[longer[0]]] if len(longer) == 1 else (path,)
     return found
 
 

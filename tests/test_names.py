@@ -588,3 +588,71 @@ def test_regional_compile_of_one_block() -> None:
         block.compile(backend=backend)
     model(IDS)
     assert set(named(backend.report)) == {"blocks.1.fc1", "blocks.1.fc2"}
+
+
+# A table of embeddings that a linear shares
+
+
+class Tied(nn.Module):
+    def __init__(self, *, direct: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        self.body.embed = nn.Embedding(12, 8)
+        self.body.fc = nn.Linear(8, 8)
+        if not direct:
+            self.head = nn.Linear(8, 12, bias=False)
+            self.head.weight = self.body.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.body.fc(self.body.embed(ids))
+        return self.head(x) if hasattr(self, "head") else nn.functional.linear(x, self.body.embed.weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({r"re:body\..*": W24}, {"body.fc"}),
+        ({"re:(?!head).*": W24}, {"body.fc"}),
+        ({"body.*": W24}, {"body.fc"}),
+        ({"re:.*": W24}, {"body.fc", "head"}),
+        ({"head": W24}, {"head"}),
+        ({"re:.*": W24, "head": None}, {"body.fc"}),
+    ],
+)
+@pytest.mark.parametrize("with_model", [True, False])
+def test_name_of_an_embedding_is_no_name_of_the_head(
+    config: Mapping[str, Any], expected: set[str], with_model: bool
+) -> None:
+    """The pass and `prune_` go by the same names: the pruned model computes what was trained."""
+    model = Tied()
+    backend = sp.sparse_backend(config, model=model if with_model else None, inner="aot_eager")
+    trained = torch.compile(model, backend=backend)(IDS)
+    assert set(named(backend.report)) == expected
+    assert {site.fqn for site in sp.explain(model, config)(IDS).sites} == expected
+    assert {site.fqn for site in sp.prune_(model, config).sites} == expected
+    if "head" not in expected:  # else the embedding is pruned with it
+        torch.testing.assert_close(model(IDS), trained)
+
+
+@pytest.mark.parametrize("name", ["body.embed", "body.embed.weight"])
+def test_exact_name_of_a_shared_embedding(name: str) -> None:
+    for entry in (lambda config, model: sp.sparse_backend(config, model=model), lambda c, m: sp.prune_(m, c)):
+        with pytest.raises(ValueError, match=f"'{name}' names no linear weight of Tied"):
+            entry({name: W24}, Tied())
+    with pytest.warns(UserWarning, match=f"'{name}' named no linear"):
+        assert compiled_report(Tied(), (IDS,), {name: W24}).sites == ()
+
+
+def test_embedding_that_is_multiplied_by_directly() -> None:
+    """No linear owns it, so that a pattern means it nowhere: not in training, not in `prune_`."""
+    model = Tied(direct=True)
+    assert set(named(compiled_report(model, (IDS,), {"re:.*": W24}, model=model))) == {"body.fc"}
+    assert [site.fqn for site in sp.prune_(model, {"re:.*": W24}).sites] == ["body.fc"]
+
+
+def test_every_name_of_a_weight_that_two_linears_share() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    report = compiled_report(model, (torch.randn(4, 8),), {"1.weight": W24}, model=model)
+    assert [site.fqn for site in report.sites] == [site.fqn for site in report.sites if site.pattern == "1.weight"]
+    assert len(report.sites) == 2
