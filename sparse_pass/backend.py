@@ -18,6 +18,7 @@ from .capture import compile_aot_eager, copy_graph, report_graph
 from .config import Config, Tune
 from .graph_pass import SparsePass
 from .model_names import check_names, input_names
+from .recompiles import why_last
 from .regions import guard_region
 from .report import Report
 from .rewrite_graph import Names
@@ -169,6 +170,9 @@ class SparseBackend:
             region = guard_region(graph_module, model, self._pass.patterns)
             by_input = {index: region.own(known) for index, known in names.by_input.items()}
             names = replace(names, by_input=by_input, serves=region.serves)
+        last = why_last()
+        if last:
+            self._pass.note(last, names)
         if self._inner == "aot_eager":
             _refuse_options(mode, given)
             with self._pass.seeing(names):

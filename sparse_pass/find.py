@@ -28,8 +28,8 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
     Args:
         graph: functional ATen graph.
         parameters: names of the placeholders (or get_attr nodes) known to be parameters; none for parameters
-            known to be of another model, or to be no linear weight. Placeholders that are not in it count as weights only where a
-            linear module reads them.
+            known to be of another model, or to be no linear weight. Placeholders that are not in it count as
+            weights only where a linear module reads them.
     """
     backward = tangent_dependent(graph)
     forward: list[Linear] = []

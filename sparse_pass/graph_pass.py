@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from .config import Config, Scheme, Tune
-from .fqn import parse_config
+from .fqn import choose, parse_config
 from .legal import KERNEL_DTYPES, Limits, device_limits
 from .report import Report, merge
 from .rewrite_graph import Names, rewrite_graph
@@ -100,6 +100,15 @@ class SparsePass(CustomGraphPass):
         finally:
             self._compiling.discard(names)
             self._names.pop(threading.get_ident(), None)
+
+    def note(self, text: str, names: Names) -> None:
+        """Warn of what concerns the named linears of a graph, if it has any, and say it in the report."""
+        known = [(name.removesuffix(".weight"), name) for several in names.by_input.values() for name in several]
+        chosen = [choose(self.patterns, pair) for pair in known]
+        if text not in self._warned and any(pattern is not None and pattern.scheme for pattern in chosen):
+            self._warned.add(text)
+            self._reports.append(Report(unmatched=tuple(pattern.text for pattern in self.patterns), notes=(text,)))
+            warnings.warn(f"sparse_pass: {text}", stacklevel=3)
 
     def _catch_up(self) -> None:
         thread = threading.get_ident()

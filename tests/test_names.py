@@ -656,3 +656,65 @@ def test_every_name_of_a_weight_that_two_linears_share() -> None:
     report = compiled_report(model, (torch.randn(4, 8),), {"1.weight": W24}, model=model)
     assert [site.fqn for site in report.sites] == [site.fqn for site in report.sites if site.pattern == "1.weight"]
     assert len(report.sites) == 2
+
+
+# Dynamo's limit of graphs
+
+
+def test_blocks_that_differ_have_a_limit_each() -> None:
+    """Three treatments, in training and in eval, with dynamic sizes too: nine graphs of one code."""
+    assert torch._dynamo.config.recompile_limit == 8
+    model = Model(depth=6)
+    backend = sp.sparse_backend(
+        {"blocks.0.*": None, "blocks.1.fc1": None, "blocks.*.*": W24}, model=model, inner="aot_eager"
+    )
+    for block in model.blocks:
+        block.compile(backend=backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "sparse_pass")
+        for rows in (6, 5):
+            model(torch.arange(rows))
+        with torch.no_grad():
+            evaluated = model(IDS)
+    assert backend.report.graphs == 9
+    sp.prune_(model, {"blocks.0.*": None, "blocks.1.fc1": None, "blocks.*.*": W24})
+    for block in model.blocks:
+        block._compiled_call_impl = None
+    torch.testing.assert_close(model(IDS), evaluated)
+
+
+def test_the_last_graph_that_dynamo_makes() -> None:
+    """The next shape would run eagerly, and dense."""
+    backend = sp.sparse_backend({"fc1": W24}, inner="aot_eager")
+    compiled = torch.compile(Mlp(), backend=backend, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "sparse_pass")
+            for rows in (4, 5):
+                compiled(torch.randn(rows, 8))
+        with pytest.warns(UserWarning, match=r"sparse_pass: .* torch\._dynamo\.config\.recompile_limit = 3 graphs"):
+            compiled(torch.randn(6, 8))
+        compiled(torch.randn(7, 8))
+    (note,) = backend.report.notes
+    assert "will run eagerly, with its named linears dense" in note
+    assert (backend.report.graphs, backend.report.unmatched) == (3, ())
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "dynamo"),
+    [
+        pytest.param({"fc1": W24, "fc2": None}, {"fullgraph": True}, {}, id="fullgraph"),
+        pytest.param({"fc1": W24}, {}, {"fail_on_recompile_limit_hit": True}, id="fail_on_recompile_limit_hit"),
+        pytest.param({"fc1": None, "fc2": None}, {}, {}, id="nothing is sparse"),
+    ],
+)
+def test_the_last_graph_where_it_does_no_harm(
+    config: Mapping[str, Any], options: dict[str, Any], dynamo: dict[str, Any]
+) -> None:
+    backend = sp.sparse_backend(config, inner="aot_eager")
+    compiled = torch.compile(Mlp(), backend=backend, dynamic=False, **options)
+    with torch._dynamo.config.patch(recompile_limit=2, **dynamo), warnings.catch_warnings():
+        warnings.filterwarnings("error", "sparse_pass")
+        for rows in (4, 5):
+            compiled(torch.randn(rows, 8))
+    assert backend.report.notes == ()
