@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from .config import Config, Scheme, Tune
-from .fqn import choose, parse_config
+from .fqn import Pattern, choose, parse_config
 from .legal import KERNEL_DTYPES, Limits, device_limits
 from .report import Report, merge
 from .rewrite_graph import Names, rewrite_graph
@@ -141,6 +141,18 @@ class SparsePass(CustomGraphPass):
             warnings.warn(
                 f"sparse_pass: {', '.join(map(repr, absent))} named no linear in the graph(s) compiled so far{hint}."
                 " sparse_pass.explain(model, config) shows the nearest names; model= checks names at once",
+                stacklevel=3,
+            )
+
+    def warn_uncaptured(self, missing: Mapping[str, Pattern]) -> None:
+        """Of what was asked for in so many words: a pattern may well mean layers that do not run."""
+        names = [name for name, pattern in missing.items() if pattern.exact or self.strict]
+        names = [name for name in names if name not in self._warned]
+        self._warned.update(names)
+        if names:
+            warnings.warn(
+                f"sparse_pass: {', '.join(map(repr, names))}: in no graph so far, and dense where Dynamo runs it"
+                " eagerly (TORCH_LOGS=graph_breaks says why)",
                 stacklevel=3,
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from torch import nn
 from torch.fx import GraphModule
@@ -119,6 +119,30 @@ def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> di
             longer = [name for name in by_name if name == path or name.endswith(f".{path}")]
             found[index] = by_identity[by_name[longer[0]]] if len(longer) == 1 else (path,)
     return found
+
+
+def read_names(graph_module: GraphModule, names: Mapping[int, tuple[str, ...]]) -> set[str]:
+    """Names of the inputs that a graph reads by more than looking up rows, as an embedding does."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return {
+        name
+        for index, several in names.items()
+        if any("embedding" not in str(user.target) for user in placeholders[index].users)
+        for name in several
+    }
+
+
+def uncaptured(model: nn.Module, patterns: Sequence[Pattern], read: Set[str]) -> dict[str, Pattern]:
+    """The linears that the patterns choose and of which ``read`` has no name, each with its pattern."""
+    weights = linear_weights(model)
+    seen = {id(weights[name]) for name in read if weights.get(name) is not None}
+    # A linear that computes its weight reads what lies below its own name.
+    below = {name[:end] for name in read for end, character in enumerate(name) if character == "."}
+    return {
+        name: pattern
+        for name, weight, pattern in chosen_weights(model, patterns)
+        if name not in read and (name not in below if weight is None else id(weight) not in seen)
+    }
 
 
 def _parameter_inputs(graph_module: GraphModule) -> Iterator[tuple[int, str, object]]:

@@ -718,3 +718,99 @@ def test_the_last_graph_where_it_does_no_harm(
         for rows in (4, 5):
             compiled(torch.randn(rows, 8))
     assert backend.report.notes == ()
+
+
+# Linears that no graph holds
+
+
+class Lstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(8, 8, batch_first=True)
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+class Disabled(Mlp):
+    @torch.compiler.disable
+    def second(self, x: Tensor) -> Tensor:
+        return self.fc2(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.fc1(x).relu())
+
+
+class TiedAndDisabled(Tied):
+    @torch.compiler.disable
+    def last(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(self.body.fc(self.body.embed(ids)))
+
+
+def hooked() -> nn.Module:
+    model = Mlp()
+    model.fc2.register_full_backward_hook(lambda module, before, after: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "exact", "pattern", "missing"),
+    [
+        pytest.param(hooked, torch.randn(4, 8), {"fc1": W24, "fc2": W24}, "fc*", ("fc2",), id="hook"),
+        pytest.param(Disabled, torch.randn(4, 8), {"fc1": W24, "fc2": W24}, "fc*", ("fc2",), id="disabled"),
+        pytest.param(TiedAndDisabled, IDS, {"body.fc": W24, "head": W24}, "re:.*", ("head",), id="tied"),
+    ],
+)
+def test_linear_that_dynamo_runs_eagerly(
+    model: Callable[[], nn.Module], x: Tensor, exact: Mapping[str, Any], pattern: str, missing: tuple[str, ...]
+) -> None:
+    """It trains dense. The report says so, and a warning where it was named exactly."""
+    module = model()
+    with pytest.warns(UserWarning, match=rf"sparse_pass: '{missing[0]}': in no graph so far"):
+        report = compiled_report(module, (x,), exact, model=module)
+    assert report.uncaptured == missing
+    assert f"uncaptured: {missing[0]!r} is in no graph so far" in str(report)
+    assert sp.explain(module, exact)(x).uncaptured == missing
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "sparse_pass")
+        report = compiled_report(module, (x,), {pattern: W24}, model=module)
+    assert report.uncaptured == missing
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match=f"'{missing[0]}': in no graph"):
+        compiled_report(module, (x,), {pattern: W24}, model=module, strict=True)
+
+
+def test_model_of_which_dynamo_captures_nothing() -> None:
+    model, x = Lstm(), torch.randn(2, 4, 8)
+    report = compiled_report(model, (x,), {"head": W24}, model=model)
+    assert (report.graphs, report.uncaptured) == (0, ("head",))
+    assert sp.explain(model, {"head": W24})(x).uncaptured == ("head",)
+
+
+def test_what_is_captured_later() -> None:
+    """Parts one by one, and modes: until they run they are listed, without an alarm for patterns."""
+    model = Model(depth=3)
+    backend = sp.sparse_backend({"blocks.*.fc1": W24, "blocks.2.*": GREEDY}, model=model, inner="aot_eager")
+    for block in model.blocks:
+        block.compile(backend=backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "sparse_pass")
+        assert backend.report.uncaptured == ("blocks.0.fc1", "blocks.1.fc1", "blocks.2.fc1", "blocks.2.fc2")
+        x = torch.randn(4, 8)
+        model.blocks[0](x)
+        assert backend.report.uncaptured == ("blocks.2.fc1", "blocks.2.fc2")  # the second block is as the first
+        model(IDS)
+        assert backend.report.uncaptured == ()
+
+
+def test_captured_by_other_names() -> None:
+    """Parametrized and shared weights count by whatever name they are read."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    model[1].weight = model[0].weight
+    report = compiled_report(model, (torch.randn(4, 8),), {"1": W24, "2": W24}, model=model)
+    assert (set(named(report)), report.uncaptured) == ({"1", "2"}, ())
