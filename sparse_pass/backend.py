@@ -239,7 +239,7 @@ def sparse_backend(
         inner: what compiles the rewritten graphs: ``"inductor"``, or ``"aot_eager"`` (runs op by op).
         strict: raise where a named linear would be skipped.
         tune: ``"auto"`` or ``"off"``; see :class:`SparsePass`.
-        **inductor_options: options for Inductor; ``mode=`` and ``options=`` of torch.compile work too.
+        **inductor_options: options for Inductor; give ``mode=`` and ``options=`` to torch.compile.
 
     Returns:
         SparseBackend: hand it to torch.compile; ``.report`` says what became of each named linear.
@@ -251,6 +251,11 @@ def sparse_backend(
     """
     if inner not in get_args(Inner):
         raise ValueError(f"inner={inner!r}: expected one of {', '.join(map(repr, get_args(Inner)))}")
+    for argument in inductor_options.keys() & {"mode", "options"}:
+        raise ValueError(
+            f"{argument}= is an argument of torch.compile: torch.compile(model, backend=sparse_backend(...),"
+            f" {argument}=...); options of Inductor are keywords here, such as max_fusion_size=8"
+        )
     sparse_pass = SparsePass(config, strict=strict, tune=tune)
     if model is not None:
         check_names(model, sparse_pass.patterns)

@@ -140,7 +140,8 @@ class SparsePass(CustomGraphPass):
             hint = "" if names is not None else "; parameter names are visible to sparse_backend only"
             warnings.warn(
                 f"sparse_pass: {', '.join(map(repr, absent))} named no linear in the graph(s) compiled so far{hint}."
-                " sparse_pass.explain(model, config) shows the nearest names; model= checks names at once",
+                " sparse_pass.explain(model, config) shows the nearest names; model= checks names at once,"
+                " and makes them absolute where parts of a model are compiled one by one",
                 stacklevel=3,
             )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from torch import nn
 from torch.fx import GraphModule
+from torch.nn.parameter import is_lazy
 
 from .config import weight_scheme
 from .fqn import Pattern, choose, from_source, nearest, normalize
@@ -27,7 +28,7 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Parameter | None]:
         if isinstance(module, nn.Linear) and "weight" not in module._parameters and normalize(name):
             weights[normalize(name)] = None
         for leaf, parameter in module._parameters.items():
-            if parameter is None or parameter.dim() != 2:
+            if parameter is None or is_lazy(parameter) or parameter.dim() != 2:
                 continue
             weights[normalize(f"{name}.{leaf}" if name else leaf)] = parameter
             if leaf == "weight" and normalize(name):
@@ -39,11 +40,17 @@ def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
     """Refuse, before anything is captured, what cannot work on this model.
 
     Raises:
-        ValueError: a pattern names no linear weight (lists the closest names), or an exactly named weight
-            cannot be 2:4 sparse (gives its shape and the rule).
+        ValueError: no module, a pattern that names no linear weight (lists the closest names) or one without a
+            shape yet, or an exactly named weight that cannot be 2:4 sparse (gives its shape and the rule).
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r}: expected an nn.Module, whose layers the config names")
     weights = linear_weights(model)
+    lazy = [normalize(name) for name, parameter in model.named_parameters() if is_lazy(parameter)]
     for pattern in patterns:
+        for name in lazy:
+            if pattern.names([name, name.removesuffix(".weight")]):
+                raise ValueError(f"{pattern.text!r} names {name!r}, which has no shape yet: run the model once first")
         named = [name for name in weights if pattern.names([name])]
         if not named:
             for raw, parameter in model.named_parameters(remove_duplicate=False):
@@ -58,7 +65,8 @@ def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
                         " 2:4 masks are defined for 2-D weights of linear layers"
                     )
             close = nearest(pattern.text.removeprefix("re:"), weights)
-            known = ", ".join(map(repr, close)) if close else f"none; the model has {len(weights)} linear weights"
+            count = len({name if weight is None else id(weight) for name, weight in weights.items()})
+            known = ", ".join(map(repr, close)) if close else f"none; the model has {count} linear weight(s)"
             raise ValueError(
                 f"{pattern.text!r} names no linear weight of {type(model).__name__}; closest names: {known}"
             )
@@ -104,7 +112,8 @@ def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> di
             by_name[name] = id(parameter)
             # Of a 2-D weight only the names that `check_names` and `prune_` know, too: not that of the table
             # of embeddings that a linear shares.
-            by_identity[id(parameter)] = (*known, name) if parameter.dim() != 2 or name in linear else known
+            other = is_lazy(parameter) or parameter.dim() != 2
+            by_identity[id(parameter)] = (*known, name) if other or name in linear else known
     parameters = list(_parameter_inputs(graph_module))
     holders = {_holder(text) for _, text, example in parameters if id(example) in by_identity}
     found: dict[int, tuple[str, ...]] = {}

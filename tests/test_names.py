@@ -814,3 +814,29 @@ def test_captured_by_other_names() -> None:
     model[1].weight = model[0].weight
     report = compiled_report(model, (torch.randn(4, 8),), {"1": W24, "2": W24}, model=model)
     assert (set(named(report)), report.uncaptured) == ({"1", "2"}, ())
+
+
+def test_lazy_module_has_to_run_first() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    for entry in (lambda config: sp.sparse_backend(config, model=model), lambda config: sp.prune_(model, config)):
+        for pattern in ("0", "0.weight", "re:.*"):
+            with pytest.raises(ValueError, match=r"names '0\.weight', which has no shape yet: run the model once"):
+                entry({pattern: W24})
+    sp.sparse_backend({"1": W24}, model=model)
+    model(torch.randn(4, 8))
+    assert set(named(compiled_report(model, (torch.randn(4, 8),), {"*": W24}, model=model))) == {"0", "1"}
+
+
+def test_count_of_linear_weights() -> None:
+    with pytest.raises(ValueError, match=r"closest names: none; the model has 2 linear weight\(s\)$"):
+        sp.sparse_backend({"zzz": W24}, model=Mlp())
+
+
+def test_parts_without_model() -> None:
+    """Their names are relative; the warning says what makes them absolute."""
+    model = Model()
+    backend = sp.sparse_backend({"blocks.*.fc1": W24}, inner="aot_eager")
+    for block in model.blocks:
+        block.compile(backend=backend)
+    with pytest.warns(UserWarning, match="model= checks names at once, and makes them absolute where parts"):
+        model(IDS)
