@@ -17,7 +17,8 @@ from torch.fx import Graph, GraphModule
 from .capture import compile_aot_eager, copy_graph, report_graph
 from .config import Config, Tune
 from .graph_pass import SparsePass
-from .model_names import check_names, input_names
+from .model_names import check_names, input_names, read_names, uncaptured
+from .recompiles import why_last
 from .regions import guard_region
 from .report import Report
 from .rewrite_graph import Names
@@ -153,6 +154,7 @@ class SparseBackend:
         self._inner = inner
         self._options = options
         self._inductor: torch._TorchCompileInductorWrapper | None = None
+        self._read: set[str] = set()
 
     def __call__(
         self,
@@ -166,9 +168,14 @@ class SparseBackend:
         model = self._live_model()
         names = graph_names(graph_module, model)
         if model is not None:
+            self._read |= read_names(graph_module, names.by_input)
             region = guard_region(graph_module, model, self._pass.patterns)
             by_input = {index: region.own(known) for index, known in names.by_input.items()}
             names = replace(names, by_input=by_input, serves=region.serves)
+            self._read.update(region.serves)
+        last = why_last()
+        if last:
+            self._pass.note(last, names)
         if self._inner == "aot_eager":
             _refuse_options(mode, given)
             with self._pass.seeing(names):
@@ -197,7 +204,14 @@ class SparseBackend:
     @property
     def report(self) -> Report:
         """Every graph compiled so far, whether compiled now or taken from a cache."""
-        return self._pass.report
+        model = None if self._model is None else self._model()
+        report = self._pass.report
+        if model is None:
+            return report
+        missing = uncaptured(model, self._pass.patterns, self._read)
+        if report.graphs:
+            self._pass.warn_uncaptured(missing)
+        return replace(report, uncaptured=tuple(missing))
 
 
 def _refuse_options(mode: str | None, options: Mapping[str, Any]) -> None:
@@ -225,7 +239,7 @@ def sparse_backend(
         inner: what compiles the rewritten graphs: ``"inductor"``, or ``"aot_eager"`` (runs op by op).
         strict: raise where a named linear would be skipped.
         tune: ``"auto"`` or ``"off"``; see :class:`SparsePass`.
-        **inductor_options: options for Inductor; ``mode=`` and ``options=`` of torch.compile work too.
+        **inductor_options: options for Inductor; give ``mode=`` and ``options=`` to torch.compile.
 
     Returns:
         SparseBackend: hand it to torch.compile; ``.report`` says what became of each named linear.
@@ -237,6 +251,11 @@ def sparse_backend(
     """
     if inner not in get_args(Inner):
         raise ValueError(f"inner={inner!r}: expected one of {', '.join(map(repr, get_args(Inner)))}")
+    for argument in inductor_options.keys() & {"mode", "options"}:
+        raise ValueError(
+            f"{argument}= is an argument of torch.compile: torch.compile(model, backend=sparse_backend(...),"
+            f" {argument}=...); options of Inductor are keywords here, such as max_fusion_size=8"
+        )
     sparse_pass = SparsePass(config, strict=strict, tune=tune)
     if model is not None:
         check_names(model, sparse_pass.patterns)

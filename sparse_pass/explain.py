@@ -16,9 +16,9 @@ from torch.fx import GraphModule
 from .backend import graph_names
 from .capture import copy_graph, report_graph
 from .config import Config
-from .fqn import nearest
+from .fqn import Pattern, nearest
 from .graph_pass import SparsePass
-from .model_names import linear_weights
+from .model_names import linear_weights, read_names, uncaptured
 from .report import Report
 
 
@@ -45,9 +45,12 @@ def explain(model: nn.Module, config: Config) -> Callable[..., Report]:
     def run(*args: Any, **kwargs: Any) -> Report:
         sparse_pass = SparsePass(config)
         refused: list[ValueError] = []
+        read: set[str] = set()
 
         def report_only(graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            with sparse_pass.seeing(replace(graph_names(graph_module, model), checked=True)):
+            names = graph_names(graph_module, model)
+            read.update(read_names(graph_module, names.by_input))
+            with sparse_pass.seeing(replace(names, checked=True)):
                 try:
                     report_graph(copy_graph(graph_module), sparse_pass)
                 except ValueError as error:
@@ -64,7 +67,9 @@ def explain(model: nn.Module, config: Config) -> Callable[..., Report]:
                     raise refused[0] from None
                 raise
         report = sparse_pass.report
-        return replace(report, notes=report.notes + _suggestions(model, report.unmatched))
+        missing = tuple(uncaptured(model, sparse_pass.patterns, read))
+        notes = report.notes + _suggestions(model, sparse_pass.patterns, report.unmatched)
+        return replace(report, notes=notes, uncaptured=missing)
 
     return run
 
@@ -102,10 +107,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _suggestions(model: nn.Module, unmatched: tuple[str, ...]) -> tuple[str, ...]:
+def _suggestions(model: nn.Module, patterns: Sequence[Pattern], unmatched: tuple[str, ...]) -> tuple[str, ...]:
     known = linear_weights(model)
     return tuple(
-        f"{text!r} names no linear that ran; closest names: {', '.join(map(repr, close)) or 'none'}"
-        for text in unmatched
-        for close in [nearest(text.removeprefix("re:"), known)]
+        f"{pattern.text!r} names no linear that ran; closest names: {', '.join(map(repr, close)) or 'none'}"
+        for pattern in patterns
+        if pattern.text in unmatched and not pattern.names(known)
+        for close in [nearest(pattern.text.removeprefix("re:"), known)]
     )

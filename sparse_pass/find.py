@@ -28,8 +28,8 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
     Args:
         graph: functional ATen graph.
         parameters: names of the placeholders (or get_attr nodes) known to be parameters; none for parameters
-            known to be of another model. Placeholders that are not in it count as weights only where a
-            linear module reads them.
+            known to be of another model, or to be no linear weight. Placeholders that are not in it count as
+            weights only where a linear module reads them.
     """
     backward = tangent_dependent(graph)
     forward: list[Linear] = []
@@ -100,6 +100,10 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
         canonical = use.operand is gemm.args[weight_places(gemm)[0][0]]
         if known is not None:
             names = _names(known, module, in_linear)
+            if in_linear:
+                # A table of embeddings that the linear shares goes by the linear's name here.
+                tables = _lookups(root)
+                names = tuple(name for name in names if name.removesuffix(".weight") not in tables)
         elif in_linear and module and canonical:
             names = (module,)
         else:
@@ -131,6 +135,12 @@ def _names(parameter_names: tuple[str, ...], module: str, in_linear: bool) -> tu
         # A tied weight is known by its first owner's name; the module that runs here is the other one.
         owners = [module] if owners else []
     return tuple(dict.fromkeys(name for name in (*owners, *parameter_names) if name))
+
+
+def _lookups(weight: Node) -> set[str]:
+    """Names of the modules that look up rows of ``weight``, as of an embedding."""
+    stacks = [user.meta.get("nn_module_stack") for user in weight.users if user.target is aten.embedding.default]
+    return {from_source(list(stack.values())[-1][0]) for stack in stacks if stack}
 
 
 def _is_linear_module(kind: object) -> bool:

@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from .config import Config, Scheme, Tune
-from .fqn import parse_config
+from .fqn import Pattern, choose, parse_config
 from .legal import KERNEL_DTYPES, Limits, device_limits
 from .report import Report, merge
 from .rewrite_graph import Names, rewrite_graph
@@ -101,6 +101,15 @@ class SparsePass(CustomGraphPass):
             self._compiling.discard(names)
             self._names.pop(threading.get_ident(), None)
 
+    def note(self, text: str, names: Names) -> None:
+        """Warn of what concerns the named linears of a graph, if it has any, and say it in the report."""
+        known = [(name.removesuffix(".weight"), name) for several in names.by_input.values() for name in several]
+        chosen = [choose(self.patterns, pair) for pair in known]
+        if text not in self._warned and any(pattern is not None and pattern.scheme for pattern in chosen):
+            self._warned.add(text)
+            self._reports.append(Report(unmatched=tuple(pattern.text for pattern in self.patterns), notes=(text,)))
+            warnings.warn(f"sparse_pass: {text}", stacklevel=3)
+
     def _catch_up(self) -> None:
         thread = threading.get_ident()
         current = self._names.get(thread)
@@ -131,7 +140,20 @@ class SparsePass(CustomGraphPass):
             hint = "" if names is not None else "; parameter names are visible to sparse_backend only"
             warnings.warn(
                 f"sparse_pass: {', '.join(map(repr, absent))} named no linear in the graph(s) compiled so far{hint}."
-                " sparse_pass.explain(model, config) shows the nearest names; model= checks names at once",
+                " sparse_pass.explain(model, config) shows the nearest names; model= checks names at once,"
+                " and makes them absolute where parts of a model are compiled one by one",
+                stacklevel=3,
+            )
+
+    def warn_uncaptured(self, missing: Mapping[str, Pattern]) -> None:
+        """Of what was asked for in so many words: a pattern may well mean layers that do not run."""
+        names = [name for name, pattern in missing.items() if pattern.exact or self.strict]
+        names = [name for name in names if name not in self._warned]
+        self._warned.update(names)
+        if names:
+            warnings.warn(
+                f"sparse_pass: {', '.join(map(repr, names))}: in no graph so far, and dense where Dynamo runs it"
+                " eagerly (TORCH_LOGS=graph_breaks says why)",
                 stacklevel=3,
             )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from torch import nn
 from torch.fx import GraphModule
+from torch.nn.parameter import is_lazy
 
 from .config import weight_scheme
 from .fqn import Pattern, choose, from_source, nearest, normalize
@@ -27,7 +28,7 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Parameter | None]:
         if isinstance(module, nn.Linear) and "weight" not in module._parameters and normalize(name):
             weights[normalize(name)] = None
         for leaf, parameter in module._parameters.items():
-            if parameter is None or parameter.dim() != 2:
+            if parameter is None or is_lazy(parameter) or parameter.dim() != 2:
                 continue
             weights[normalize(f"{name}.{leaf}" if name else leaf)] = parameter
             if leaf == "weight" and normalize(name):
@@ -39,11 +40,17 @@ def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
     """Refuse, before anything is captured, what cannot work on this model.
 
     Raises:
-        ValueError: a pattern names no linear weight (lists the closest names), or an exactly named weight
-            cannot be 2:4 sparse (gives its shape and the rule).
+        ValueError: no module, a pattern that names no linear weight (lists the closest names) or one without a
+            shape yet, or an exactly named weight that cannot be 2:4 sparse (gives its shape and the rule).
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r}: expected an nn.Module, whose layers the config names")
     weights = linear_weights(model)
+    lazy = [normalize(name) for name, parameter in model.named_parameters() if is_lazy(parameter)]
     for pattern in patterns:
+        for name in lazy:
+            if pattern.names([name, name.removesuffix(".weight")]):
+                raise ValueError(f"{pattern.text!r} names {name!r}, which has no shape yet: run the model once first")
         named = [name for name in weights if pattern.names([name])]
         if not named:
             for raw, parameter in model.named_parameters(remove_duplicate=False):
@@ -58,7 +65,8 @@ def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
                         " 2:4 masks are defined for 2-D weights of linear layers"
                     )
             close = nearest(pattern.text.removeprefix("re:"), weights)
-            known = ", ".join(map(repr, close)) if close else f"none; the model has {len(weights)} linear weights"
+            count = len({name if weight is None else id(weight) for name, weight in weights.items()})
+            known = ", ".join(map(repr, close)) if close else f"none; the model has {count} linear weight(s)"
             raise ValueError(
                 f"{pattern.text!r} names no linear weight of {type(model).__name__}; closest names: {known}"
             )
@@ -91,28 +99,59 @@ def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> di
 
     Args:
         graph_module: as Dynamo hands it to a backend; its placeholders know where they came from.
-        model: makes names absolute where the graph is that of a part of the model. Parameters of other
-            models in the same graph have no names then: an empty tuple.
+        model: makes names absolute where the graph is that of a part of the model. 2-D weights have the names
+            that `linear_weights` knows then; those without any, and the parameters of other models in the same
+            graph, have an empty tuple.
     """
-    by_identity: dict[int, list[str]] = {}
+    by_identity: dict[int, tuple[str, ...]] = {}
+    by_name: dict[str, int] = {}
     if model is not None:
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            by_identity.setdefault(id(parameter), []).append(normalize(name))
-    absolute = [name for names in by_identity.values() for name in names]
+        linear = linear_weights(model)
+        for raw, parameter in model.named_parameters(remove_duplicate=False):
+            name, known = normalize(raw), by_identity.get(id(parameter), ())
+            by_name[name] = id(parameter)
+            # Of a 2-D weight only the names that `check_names` and `prune_` know, too: not that of the table
+            # of embeddings that a linear shares.
+            other = is_lazy(parameter) or parameter.dim() != 2
+            by_identity[id(parameter)] = (*known, name) if other or name in linear else known
     parameters = list(_parameter_inputs(graph_module))
     holders = {_holder(text) for _, text, example in parameters if id(example) in by_identity}
     found: dict[int, tuple[str, ...]] = {}
     for index, text, example in parameters:
         path = from_source(text)
         if id(example) in by_identity:
-            found[index] = tuple(by_identity[id(example)])
+            found[index] = by_identity[id(example)]
         elif holders and _holder(text) not in holders:
             found[index] = ()  # of another model, such as the teacher of this one
         elif path:
             # FSDP swaps parameters, so identity can fail where the path does not.
-            longer = tuple(name for name in absolute if name == path or name.endswith(f".{path}"))
-            found[index] = longer if len(longer) == 1 else (path,)
+            longer = [name for name in by_name if name == path or name.endswith(f".{path}")]
+            found[index] = by_identity[by_name[longer[0]]] if len(longer) == 1 else (path,)
     return found
+
+
+def read_names(graph_module: GraphModule, names: Mapping[int, tuple[str, ...]]) -> set[str]:
+    """Names of the inputs that a graph reads by more than looking up rows, as an embedding does."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return {
+        name
+        for index, several in names.items()
+        if any("embedding" not in str(user.target) for user in placeholders[index].users)
+        for name in several
+    }
+
+
+def uncaptured(model: nn.Module, patterns: Sequence[Pattern], read: Set[str]) -> dict[str, Pattern]:
+    """The linears that the patterns choose and of which ``read`` has no name, each with its pattern."""
+    weights = linear_weights(model)
+    seen = {id(weights[name]) for name in read if weights.get(name) is not None}
+    # A linear that computes its weight reads what lies below its own name.
+    below = {name[:end] for name in read for end, character in enumerate(name) if character == "."}
+    return {
+        name: pattern
+        for name, weight, pattern in chosen_weights(model, patterns)
+        if name not in read and (name not in below if weight is None else id(weight) not in seen)
+    }
 
 
 def _parameter_inputs(graph_module: GraphModule) -> Iterator[tuple[int, str, object]]:

@@ -7,11 +7,13 @@ blocks alike. Where it does not, a guard on the block lets only blocks that are 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from torch._dynamo.guards import GuardBuilder, get_verbose_code_parts
+from torch._dynamo.source import LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import Guard, Source, TracingContext
 from torch.fx import GraphModule
@@ -108,6 +110,10 @@ def _add_guard(source: Source, alike: frozenset[int], prefix: str) -> None:
             get_verbose_code_parts([f"{guard.name} is treated by sparse_pass as {prefix!r} is"], guard),
             guard.user_stack,
         )
+        if isinstance(source, LocalSource):
+            # As Dynamo's own guards on a module do: recompile_limit then counts the graphs of each module, not
+            # those of all treatments, which would soon use it up.
+            builder.id_matched_objs[source.local_name] = weakref.ref(builder.get(guard))
 
     context = TracingContext.try_get()
     if context is not None:

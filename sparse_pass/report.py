@@ -54,6 +54,8 @@ class Report:
     """What a reader must know to read the rest, such as parameter names that were not visible."""
     graphs: int = 0
     """Compiled graphs that were looked at."""
+    uncaptured: tuple[str, ...] = ()
+    """Named linears of the model (known with ``model=``) that no graph holds: not called, or run eagerly and dense."""
 
     def __str__(self) -> str:
         counts = Counter(site.status for site in self.sites)
@@ -87,6 +89,11 @@ class Report:
                     for site in self.sites
                 ],
             )
+        lines += [
+            f"uncaptured: {name!r} is in no graph so far: it was not called, or Dynamo runs it eagerly, and so dense"
+            " (TORCH_LOGS=graph_breaks says why)"
+            for name in self.uncaptured
+        ]
         lines += [f"unmatched: {pattern!r} named no linear" for pattern in self.unmatched]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -24,8 +24,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "__init__": "backend config explain graph_pass ops prune report rewrite_graph",
     "explain": "backend capture config fqn graph_pass model_names report",
-    "backend": "capture config graph_pass model_names regions report rewrite_graph",
+    "backend": "capture config graph_pass model_names recompiles regions report rewrite_graph",
     "capture": "graph_pass",
+    "recompiles": "",
     "regions": "config fqn model_names",
     "graph_pass": "config fqn legal lowering report rewrite_graph",
     "rewrite_graph": "config find fqn gemms report rewrite_linear",

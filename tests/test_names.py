@@ -588,3 +588,250 @@ def test_regional_compile_of_one_block() -> None:
         block.compile(backend=backend)
     model(IDS)
     assert set(named(backend.report)) == {"blocks.1.fc1", "blocks.1.fc2"}
+
+
+# A table of embeddings that a linear shares
+
+
+class Tied(nn.Module):
+    def __init__(self, *, direct: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        self.body.embed = nn.Embedding(12, 8)
+        self.body.fc = nn.Linear(8, 8)
+        if not direct:
+            self.head = nn.Linear(8, 12, bias=False)
+            self.head.weight = self.body.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.body.fc(self.body.embed(ids))
+        return self.head(x) if hasattr(self, "head") else nn.functional.linear(x, self.body.embed.weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({r"re:body\..*": W24}, {"body.fc"}),
+        ({"re:(?!head).*": W24}, {"body.fc"}),
+        ({"body.*": W24}, {"body.fc"}),
+        ({"re:.*": W24}, {"body.fc", "head"}),
+        ({"head": W24}, {"head"}),
+        ({"re:.*": W24, "head": None}, {"body.fc"}),
+    ],
+)
+@pytest.mark.parametrize("with_model", [True, False])
+def test_name_of_an_embedding_is_no_name_of_the_head(
+    config: Mapping[str, Any], expected: set[str], with_model: bool
+) -> None:
+    """The pass and `prune_` go by the same names: the pruned model computes what was trained."""
+    model = Tied()
+    backend = sp.sparse_backend(config, model=model if with_model else None, inner="aot_eager")
+    trained = torch.compile(model, backend=backend)(IDS)
+    assert set(named(backend.report)) == expected
+    assert {site.fqn for site in sp.explain(model, config)(IDS).sites} == expected
+    assert {site.fqn for site in sp.prune_(model, config).sites} == expected
+    if "head" not in expected:  # else the embedding is pruned with it
+        torch.testing.assert_close(model(IDS), trained)
+
+
+@pytest.mark.parametrize("name", ["body.embed", "body.embed.weight"])
+def test_exact_name_of_a_shared_embedding(name: str) -> None:
+    for entry in (lambda config, model: sp.sparse_backend(config, model=model), lambda c, m: sp.prune_(m, c)):
+        with pytest.raises(ValueError, match=f"'{name}' names no linear weight of Tied"):
+            entry({name: W24}, Tied())
+    with pytest.warns(UserWarning, match=f"'{name}' named no linear"):
+        assert compiled_report(Tied(), (IDS,), {name: W24}).sites == ()
+
+
+def test_embedding_that_is_multiplied_by_directly() -> None:
+    """No linear owns it, so that a pattern means it nowhere: not in training, not in `prune_`."""
+    model = Tied(direct=True)
+    assert set(named(compiled_report(model, (IDS,), {"re:.*": W24}, model=model))) == {"body.fc"}
+    assert [site.fqn for site in sp.prune_(model, {"re:.*": W24}).sites] == ["body.fc"]
+
+
+def test_every_name_of_a_weight_that_two_linears_share() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    report = compiled_report(model, (torch.randn(4, 8),), {"1.weight": W24}, model=model)
+    assert [site.fqn for site in report.sites] == [site.fqn for site in report.sites if site.pattern == "1.weight"]
+    assert len(report.sites) == 2
+
+
+# Dynamo's limit of graphs
+
+
+def test_blocks_that_differ_have_a_limit_each() -> None:
+    """Three treatments, in training and in eval, with dynamic sizes too: nine graphs of one code."""
+    assert torch._dynamo.config.recompile_limit == 8
+    model = Model(depth=6)
+    backend = sp.sparse_backend(
+        {"blocks.0.*": None, "blocks.1.fc1": None, "blocks.*.*": W24}, model=model, inner="aot_eager"
+    )
+    for block in model.blocks:
+        block.compile(backend=backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "sparse_pass")
+        for rows in (6, 5):
+            model(torch.arange(rows))
+        with torch.no_grad():
+            evaluated = model(IDS)
+    assert backend.report.graphs == 9
+    sp.prune_(model, {"blocks.0.*": None, "blocks.1.fc1": None, "blocks.*.*": W24})
+    for block in model.blocks:
+        block._compiled_call_impl = None
+    torch.testing.assert_close(model(IDS), evaluated)
+
+
+def test_the_last_graph_that_dynamo_makes() -> None:
+    """The next shape would run eagerly, and dense."""
+    backend = sp.sparse_backend({"fc1": W24}, inner="aot_eager")
+    compiled = torch.compile(Mlp(), backend=backend, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "sparse_pass")
+            for rows in (4, 5):
+                compiled(torch.randn(rows, 8))
+        with pytest.warns(UserWarning, match=r"sparse_pass: .* torch\._dynamo\.config\.recompile_limit = 3 graphs"):
+            compiled(torch.randn(6, 8))
+        compiled(torch.randn(7, 8))
+    (note,) = backend.report.notes
+    assert "will run eagerly, with its named linears dense" in note
+    assert (backend.report.graphs, backend.report.unmatched) == (3, ())
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "dynamo"),
+    [
+        pytest.param({"fc1": W24, "fc2": None}, {"fullgraph": True}, {}, id="fullgraph"),
+        pytest.param({"fc1": W24}, {}, {"fail_on_recompile_limit_hit": True}, id="fail_on_recompile_limit_hit"),
+        pytest.param({"fc1": None, "fc2": None}, {}, {}, id="nothing is sparse"),
+    ],
+)
+def test_the_last_graph_where_it_does_no_harm(
+    config: Mapping[str, Any], options: dict[str, Any], dynamo: dict[str, Any]
+) -> None:
+    backend = sp.sparse_backend(config, inner="aot_eager")
+    compiled = torch.compile(Mlp(), backend=backend, dynamic=False, **options)
+    with torch._dynamo.config.patch(recompile_limit=2, **dynamo), warnings.catch_warnings():
+        warnings.filterwarnings("error", "sparse_pass")
+        for rows in (4, 5):
+            compiled(torch.randn(rows, 8))
+    assert backend.report.notes == ()
+
+
+# Linears that no graph holds
+
+
+class Disabled(Mlp):
+    @torch.compiler.disable
+    def second(self, x: Tensor) -> Tensor:
+        return self.fc2(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.fc1(x).relu())
+
+
+class TiedAndDisabled(Tied):
+    @torch.compiler.disable
+    def last(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(self.body.fc(self.body.embed(ids)))
+
+
+def hooked() -> nn.Module:
+    model = Mlp()
+    model.fc2.register_full_backward_hook(lambda module, before, after: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "exact", "pattern", "missing"),
+    [
+        pytest.param(hooked, torch.randn(4, 8), {"fc1": W24, "fc2": W24}, "fc*", ("fc2",), id="hook"),
+        pytest.param(Disabled, torch.randn(4, 8), {"fc1": W24, "fc2": W24}, "fc*", ("fc2",), id="disabled"),
+        pytest.param(TiedAndDisabled, IDS, {"body.fc": W24, "head": W24}, "re:.*", ("head",), id="tied"),
+    ],
+)
+def test_linear_that_dynamo_runs_eagerly(
+    model: Callable[[], nn.Module], x: Tensor, exact: Mapping[str, Any], pattern: str, missing: tuple[str, ...]
+) -> None:
+    """It trains dense. The report says so, and a warning where it was named exactly."""
+    module = model()
+    with pytest.warns(UserWarning, match=rf"sparse_pass: '{missing[0]}': in no graph so far"):
+        report = compiled_report(module, (x,), exact, model=module)
+    assert report.uncaptured == missing
+    assert f"uncaptured: {missing[0]!r} is in no graph so far" in str(report)
+    assert sp.explain(module, exact)(x).uncaptured == missing
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "sparse_pass")
+        report = compiled_report(module, (x,), {pattern: W24}, model=module)
+    assert report.uncaptured == missing
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match=f"'{missing[0]}': in no graph"):
+        compiled_report(module, (x,), {pattern: W24}, model=module, strict=True)
+
+
+def test_model_of_which_dynamo_captures_nothing() -> None:
+    class Eager(Mlp):
+        @torch.compiler.disable
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model, x = Eager(), torch.randn(4, 8)
+    report = compiled_report(model, (x,), {"fc1": W24}, model=model)
+    assert (report.graphs, report.uncaptured) == (0, ("fc1",))
+    assert sp.explain(model, {"fc1": W24})(x).uncaptured == ("fc1",)
+
+
+def test_what_is_captured_later() -> None:
+    """Parts one by one, and modes: until they run they are listed, without an alarm for patterns."""
+    model = Model(depth=3)
+    backend = sp.sparse_backend({"blocks.*.fc1": W24, "blocks.2.*": GREEDY}, model=model, inner="aot_eager")
+    for block in model.blocks:
+        block.compile(backend=backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "sparse_pass")
+        assert backend.report.uncaptured == ("blocks.0.fc1", "blocks.1.fc1", "blocks.2.fc1", "blocks.2.fc2")
+        x = torch.randn(4, 8)
+        model.blocks[0](x)
+        assert backend.report.uncaptured == ("blocks.2.fc1", "blocks.2.fc2")  # the second block is as the first
+        model(IDS)
+        assert backend.report.uncaptured == ()
+
+
+def test_captured_by_other_names() -> None:
+    """Parametrized and shared weights count by whatever name they are read."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    model[1].weight = model[0].weight
+    report = compiled_report(model, (torch.randn(4, 8),), {"1": W24, "2": W24}, model=model)
+    assert (set(named(report)), report.uncaptured) == ({"1", "2"}, ())
+
+
+def test_lazy_module_has_to_run_first() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    for entry in (lambda config: sp.sparse_backend(config, model=model), lambda config: sp.prune_(model, config)):
+        for pattern in ("0", "0.weight", "re:.*"):
+            with pytest.raises(ValueError, match=r"names '0\.weight', which has no shape yet: run the model once"):
+                entry({pattern: W24})
+    sp.sparse_backend({"1": W24}, model=model)
+    model(torch.randn(4, 8))
+    assert set(named(compiled_report(model, (torch.randn(4, 8),), {"*": W24}, model=model))) == {"0", "1"}
+
+
+def test_count_of_linear_weights() -> None:
+    with pytest.raises(ValueError, match=r"closest names: none; the model has 2 linear weight\(s\)$"):
+        sp.sparse_backend({"zzz": W24}, model=Mlp())
+
+
+def test_parts_without_model() -> None:
+    """Their names are relative; the warning says what makes them absolute."""
+    model = Model()
+    backend = sp.sparse_backend({"blocks.*.fc1": W24}, inner="aot_eager")
+    for block in model.blocks:
+        block.compile(backend=backend)
+    with pytest.warns(UserWarning, match="model= checks names at once, and makes them absolute where parts"):
+        model(IDS)

@@ -297,6 +297,9 @@ def test_bad_option(options: dict[str, Any]) -> None:
         ({"inner": "eager"}, "inner='eager': expected one of 'inductor', 'aot_eager'"),
         ({"inner": None}, "inner=None: expected one of"),
         ({"tune": "on"}, "tune='on': expected one of 'auto', 'off'"),
+        ({"mode": "max-autotune"}, r"mode= is an argument of torch\.compile: torch\.compile\(model, backend="),
+        ({"options": {"max_fusion_size": 3}}, r"options= is an argument of torch\.compile"),
+        ({"model": "fc1"}, "model='fc1': expected an nn.Module"),
         ({"inner": "aot_eager", "max_fusion_size": 3}, "inner='aot_eager' takes no mode or Inductor options"),
     ],
 )

@@ -1,0 +1,32 @@
+"""Dynamo's limit of graphs: beyond it a call runs eagerly, and so dense."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+from torch._dynamo import config
+from torch._dynamo.cache_size import _has_same_id_matched_objs
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+
+def why_last() -> str:
+    """What follows if the graph that Dynamo has captured just now is the last one it makes of that code; else ""."""
+    try:
+        output: Any = InstructionTranslator.current_tx().output
+    except AttributeError:
+        return ""  # called by hand
+    if config.fail_on_recompile_limit_hit or output.root_tx.one_graph:
+        return ""  # Dynamo raises
+    code = output.root_tx.f_code
+    frame = cast(Any, SimpleNamespace(f_locals=output.local_scope))
+    graphs = [entry for entry in _debug_get_cache_entry_list(code) if _has_same_id_matched_objs(frame, entry)]
+    if len(graphs) + 1 < config.recompile_limit:
+        return ""
+    return (
+        f"Dynamo makes no more than torch._dynamo.config.recompile_limit = {config.recompile_limit} graphs of one code,"
+        f" and has as many of {code.co_name!r} ({code.co_filename}:{code.co_firstlineno}): a call that fits none of"
+        " them will run eagerly, with its named linears dense. Raise the limit, or compile with dynamic=True to need"
+        " fewer graphs, or with fullgraph=True to have an error instead"
+    )
