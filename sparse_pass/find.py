@@ -9,7 +9,15 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
-from .backward import assign_reads, backward_reads, gradient_outputs, tangent_dependent, unwrapped, with_backward
+from .backward import (
+    assign_reads,
+    backward_reads,
+    by_number,
+    gradient_outputs,
+    tangent_dependent,
+    unwrapped,
+    with_backward,
+)
 from .fqn import from_source, normalize
 from .gemms import Linear, Use, aten, is_move, operands, trace, weight_places
 
@@ -53,14 +61,14 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
     for linear in forward:
         sharing.setdefault(linear.weight, []).append(linear)
     if backward:
-        grad_outputs = gradient_outputs(graph)
+        grad_outputs, numbered = gradient_outputs(graph), by_number(graph)
         order = {node: place for place, node in enumerate(graph.nodes)}
         given = {
             weight: assign_reads(reads.get(weight, ()), calls, others.get(weight, ()), order)
             for weight, calls in sharing.items()
         }
         forward = [
-            with_backward(one, sharing[one.weight], by_call[one.output.gemm], grad_outputs, backward, lost)
+            with_backward(one, sharing[one.weight], by_call[one.output.gemm], grad_outputs, backward, lost, numbered)
             for one in forward
             for by_call, lost in [given[one.weight]]
         ]
