@@ -359,8 +359,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         after[scheme] = {"its weights, dense again": dense_again}
         if isinstance(first, sp.WeightSparsity):
             pruned = copy.deepcopy(model)
-            sp.prune_(pruned, config)
-            after[scheme]["its weights, sp.prune_"] = evaluate(pruned, val_batches, args)
+            skipped = [site for site in sp.prune_(pruned, config).sites if site.status == "skipped"]
+            how = "its weights, sp.prune_" + (" where it can" if skipped else "")
+            after[scheme][how] = evaluate(pruned, val_batches, args)
+            for reason, count in Counter(site.reason for site in skipped).items():
+                console.print(f"{scheme}: sp.prune_ leaves {count} of the weights dense: {reason}")
         console.print(rewritten_table(scheme, backend.report))
     console.print(results_table(runs, after, args))
     if args.device == "cpu":

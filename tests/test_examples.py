@@ -64,6 +64,11 @@ def test_train_gpt_with_several_schemes(run: Run, tmp_path: Path) -> None:
         assert f"What {name} rewrote" in output
         assert re.search(rf"{re.escape(name)} run +\d", output)
     assert list(results["after"]["act24"]) == ["its weights, dense again"]
+    # The pair's forward is one of a 2:4 input and the dense weight, which no pruned model computes.
+    pair = results["after"]["w24-mvue+act24"]
+    assert list(pair) == ["its weights, dense again", "its weights, sp.prune_ where it can"]
+    left = "w24-mvue+act24: sp.prune_ leaves 1 of the weights dense: the output is computed with the dense weight"
+    assert left in " ".join(output.split())
 
 
 def test_train_gpt_refuses_a_misspelt_layer(run: Run) -> None:

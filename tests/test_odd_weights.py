@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from graph_printer import capture
 from support import TOLERANCE, OwnLinear, compare, fresh_compile, relative_error, ste_reference
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 import sparse_pass as sp
@@ -419,7 +421,18 @@ def test_weights_that_prune_cannot_write() -> None:
     """Nothing is written then, to the others neither."""
     meta = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
     computed = nn.Sequential(nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
-    for model, message in ((meta, "'1' is on the meta device: load its data"), (computed, "'1' computes its weight")):
+    cases = [(meta, "'1' is on the meta device: load its data"), (computed, "'1' .* call .*parametrize.remove_param")]
+    for compute, removal in (
+        (nn.utils.weight_norm, r"remove_weight_norm\(module\)"),
+        (nn.utils.spectral_norm, r"remove_spectral_norm\(module\)"),
+        (lambda one: prune.random_unstructured(one, "weight", 0.5), r"prune\.remove\(module, 'weight'\)"),
+        (lambda one: prune.ln_structured(prune.identity(one, "weight"), "weight", 0.5, 2, 0), r"prune\.remove"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first two are deprecated
+            computed = nn.Sequential(nn.Linear(8, 8), compute(nn.Linear(8, 8)))
+        cases.append((computed, f"'1' .* call .*nn.utils.{removal}"))
+    for model, message in cases:
         before = model[0].weight.detach().clone()
         with pytest.raises(ValueError, match=message):
             sp.prune_(model, {"*": W24})
