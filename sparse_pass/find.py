@@ -103,7 +103,8 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
     stack = list((gemm.meta.get("nn_module_stack") or {}).values())
     module, kind = (from_source(stack[-1][0]), stack[-1][1]) if stack else ("", None)
     in_linear = _is_linear_module(kind)
-    for use, root, layout in operands(gemm):
+    # A linear module may multiply from the left: then what stands in the usual place is the input.
+    for use, root, layout in sorted(operands(gemm), key=lambda one: not _owners(parameters.get(one[1], ()), module)):
         known = parameters.get(root)
         canonical = use.operand is gemm.args[weight_places(gemm)[0][0]]
         if known is not None:
@@ -128,8 +129,8 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
 
 def _names(parameter_names: tuple[str, ...], module: str, in_linear: bool) -> tuple[str, ...]:
     """Module names first, then parameter names, for a weight known by ``parameter_names``."""
-    owners = [name.rpartition(".")[0] for name in parameter_names if name.rpartition(".")[2] == "weight"]
-    owned = [owner for owner in owners if owner == module or owner.endswith("." + module)] if module else []
+    owners = _weights(parameter_names)
+    owned = _owners(parameter_names, module)
     if not owned:
         # A function or an object that holds the model puts its own path in front of the module's.
         owned = sorted((owner for owner in owners if module.endswith("." + owner)), key=len)[-1:]
@@ -139,6 +140,15 @@ def _names(parameter_names: tuple[str, ...], module: str, in_linear: bool) -> tu
         # A tied weight is known by its first owner's name; the module that runs here is the other one.
         owners = [module] if owners else []
     return tuple(dict.fromkeys(name for name in (*owners, *parameter_names) if name))
+
+
+def _weights(parameter_names: tuple[str, ...]) -> list[str]:
+    return [name.rpartition(".")[0] for name in parameter_names if name.rpartition(".")[2] == "weight"]
+
+
+def _owners(parameter_names: tuple[str, ...], module: str) -> list[str]:
+    """The names of the module that runs here, by which the parameter is its weight."""
+    return [owner for owner in _weights(parameter_names) if module and f".{owner}".endswith(f".{module}")]
 
 
 def _is_linear_module(kind: object) -> bool:
