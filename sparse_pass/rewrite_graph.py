@@ -192,8 +192,16 @@ def rewrite(graph_module: GraphModule, config: Config) -> Report:
         Report: one site per named linear of this graph.
 
     Raises:
+        TypeError: ``graph_module`` is something else, such as a torch.export program itself.
         ValueError: bad config; an exactly named linear that cannot be 2:4 sparse; no fake tensors.
+            The graph is untouched then.
     """
-    report = rewrite_graph(graph_module.graph, parse_config(config))
+    if not isinstance(graph_module, GraphModule):
+        given = type(graph_module).__name__
+        how = "; of a torch.export program pass program.graph_module or program.module()" * (given == "ExportedProgram")
+        raise TypeError(f"rewrite takes a torch.fx.GraphModule, got {given}{how}")
+    patterns = parse_config(config)
+    _fake_mode(graph_module.graph)  # or linears that no tensors tell of would count as absent
+    report = rewrite_graph(graph_module.graph, patterns)
     graph_module.recompile()
     return report
