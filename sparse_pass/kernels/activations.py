@@ -118,7 +118,9 @@ def activate(row, gate, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     else:
         low, high = tiles.numbers(words, DTYPE)
         gate_low, gate_high = tiles.numbers(_words(gate, DTYPE), DTYPE)
-        words = layout.round_pair(_activated(low, gate_low, ACTIVATION, DTYPE), _activated(high, gate_high, ACTIVATION, DTYPE), DTYPE)
+        words = layout.round_pair(
+            _activated(low, gate_low, ACTIVATION, DTYPE), _activated(high, gate_high, ACTIVATION, DTYPE), DTYPE
+        )
     words = words.to(tl.uint32, bitcast=True)
     halves = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
     return tl.reshape(halves, row.shape).to(DTYPE, bitcast=True)

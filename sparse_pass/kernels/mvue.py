@@ -106,7 +106,11 @@ def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
     chosen = (first * 34.0 + (second * 8704.0 + 8392720.0)).to(tl.int32, bitcast=True)
     values = layout.permute_bytes(low, high, chosen)
     # -2147450880 is 0x80008000, the signs. As 16-bit integers: above the bits of the infinities there is only NaN.
-    return layout.larger_halves(values & 0x7FFF7FFF, layout.round_pair(h, h, DTYPE)) | (values & -2147450880), chosen, (x0 + x1) + (x2 + x3)
+    return (
+        layout.larger_halves(values & 0x7FFF7FFF, layout.round_pair(h, h, DTYPE)) | (values & -2147450880),
+        chosen,
+        (x0 + x1) + (x2 + x3),
+    )
 
 
 @triton.jit
