@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from .config import Config, input_scheme, weight_scheme
 from .fqn import normalize, parse_config
@@ -17,11 +14,11 @@ from .ops import mask24
 from .report import Report, Site
 
 _REMOVALS = {
-    WeightNorm: "remove_weight_norm(module)",
-    SpectralNorm: "remove_spectral_norm(module)",
-    BasePruningMethod: "prune.remove(module, 'weight')",
+    "WeightNorm": "remove_weight_norm(module)",
+    "SpectralNorm": "remove_spectral_norm(module)",
+    "BasePruningMethod": "prune.remove(module, 'weight')",
 }
-"""Of hooks that compute a weight before each call, as parametrizations did before there was a name for them."""
+"""By the classes of hooks that compute a weight before each call; two of them are deprecated, so by name."""
 
 
 def prune_(model: nn.Module, config: Config) -> Report:
@@ -94,7 +91,7 @@ def _removal(model: nn.Module, name: str) -> str:
     if parametrize.is_parametrized(module, "weight"):
         return "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
     for hook in module._forward_pre_hooks.values():
-        for kind, removal in _REMOVALS.items():
-            if isinstance(hook, kind):
-                return f"torch.nn.utils.{removal}"
+        for kind in type(hook).__mro__:
+            if kind.__name__ in _REMOVALS:
+                return f"torch.nn.utils.{_REMOVALS[kind.__name__]}"
     return "what gives the module a parameter `weight` of its own"

@@ -116,10 +116,8 @@ def _named_without_linear(
             reason = f"no matmul of this weight was found: it is read by {', '.join(readers)}"
             as_input = [linear.names[0] for linear in linears if _is_input(node, linear)]
             if as_input:
-                names = ", ".join(map(repr, dict.fromkeys(as_input)))
-                reason = (
-                    f"it is multiplied by another weight, {names}: of such a product that is the weight, this the input"
-                )
+                others = ", ".join(map(repr, dict.fromkeys(as_input)))
+                reason = f"it is multiplied by another weight, {others}, and counts as the input of that one"
             sites.append(
                 Site(
                     fqn=known[0],

@@ -310,9 +310,7 @@ def test_a_weight_times_a_weight() -> None:
 
     (site,) = report_of(Product(), leaf(5, 16), "v").sites
     assert site.status == "skipped"
-    assert (
-        site.reason == "it is multiplied by another weight, 'u': of such a product that is the weight, this the input"
-    )
+    assert site.reason == "it is multiplied by another weight, 'u', and counts as the input of that one"
 
 
 def test_a_call_without_a_gradient_beside_one_that_has_it() -> None:
