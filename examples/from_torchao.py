@@ -17,6 +17,7 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from arguments import device, positive
 from torch import nn
 
 import sparse_pass as sp
@@ -26,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--steps", type=positive, default=50)
     args = parser.parse_args(argv)
     dtype = torch.float16 if args.device == "cuda" else torch.float32
 

@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Sequence
 
 import torch
+from arguments import device
 from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
@@ -70,7 +71,7 @@ def layer_of(node: Node) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pattern", default="fc1", help="layers to make sparse (default: fc1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--kernels",
         action="store_true",
@@ -83,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = MLP().to(args.device, dtype)
     x = torch.randn(128, 64, device=args.device, dtype=dtype, requires_grad=True)
     config = {args.pattern: sp.WeightSparsity(backend="cusparselt" if args.kernels else "auto")}
+
+    try:
+        sp.sparse_backend(config, model=model)
+    except ValueError as error:
+        parser.error(f"--pattern: {error}")
 
     recorder = Recorder(sp.SparsePass(config))
     compiled = torch.compile(model, options={"joint_custom_pre_pass": recorder})

@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
+from arguments import device, positive
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -295,7 +296,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--scheme", nargs="+", choices=SCHEMES, default=["w24"], help="what the named layers get; one run for each"
     )
     parser.add_argument("--sparse", nargs="+", default=list(LAYERS), metavar="PATTERN", help="layers to make sparse")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--inner",
         choices=("inductor", "aot_eager"),
@@ -309,21 +310,35 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of the matmuls (autocast); the parameters stay float32",
     )
     parser.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="of the MLPs")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--layers", type=positive, default=2)
+    parser.add_argument("--dim", type=positive, default=128)
+    parser.add_argument("--heads", type=positive, default=4)
+    parser.add_argument("--context", type=positive, default=64)
+    parser.add_argument("--batch", type=positive, default=16)
+    parser.add_argument("--steps", type=positive, default=1000)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--evals", type=int, default=6, help="evaluations in a run")
-    parser.add_argument("--val-batches", type=int, default=8)
+    parser.add_argument("--evals", type=positive, default=6, help="evaluations in a run")
+    parser.add_argument("--val-batches", type=positive, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/train_gpt"), help="folder of plot and results")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch finds no CUDA device")
+    if args.dim % args.heads:
+        parser.error(f"--dim {args.dim} is not a multiple of --heads {args.heads}")
+    with torch.device("meta"):
+        model = GPT(args.layers, args.dim, args.heads, args.context, args.activation)
+    for scheme in args.scheme:
+        if len(set(SCHEMES[scheme])) == 2 and not any(pattern.endswith("fc2") for pattern in args.sparse):
+            parser.error(f"--scheme {scheme} gives 2:4 inputs to names that end in fc2, and --sparse has none")
+        try:
+            sp.sparse_backend(config_of(scheme, args.sparse), model=model)
+        except ValueError as error:
+            parser.error(f"--sparse: {error}")
     return args
+
+
+def config_of(scheme: str, patterns: Sequence[str]) -> dict[str, object]:
+    first, second = SCHEMES[scheme]
+    return {pattern: second if pattern.endswith("fc2") else first for pattern in patterns}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -349,18 +364,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch._dynamo.reset()
         model = copy.deepcopy(start).to(args.device)
         # The whole difference between the runs.
-        first, second = SCHEMES[scheme]
-        config = {pattern: second if pattern.endswith("fc2") else first for pattern in args.sparse}
+        config = config_of(scheme, args.sparse)
         backend = sp.sparse_backend(config, model=model, inner=args.inner)
         runs[scheme] = train(scheme, model, torch.compile(model, backend=backend), text, val_batches, args)
 
         # Back to dense: the parameters were dense all along, so any other way to run the model will do.
         dense_again = evaluate(torch.compile(model, backend=args.inner), val_batches, args)
         after[scheme] = {"its weights, dense again": dense_again}
-        if isinstance(first, sp.WeightSparsity):
+        if isinstance(SCHEMES[scheme][0], sp.WeightSparsity):
             pruned = copy.deepcopy(model)
-            sp.prune_(pruned, config)
-            after[scheme]["its weights, sp.prune_"] = evaluate(pruned, val_batches, args)
+            skipped = [site for site in sp.prune_(pruned, config).sites if site.status == "skipped"]
+            how = "its weights, sp.prune_" + (" where it can" if skipped else "")
+            after[scheme][how] = evaluate(pruned, val_batches, args)
+            for reason, count in Counter(site.reason for site in skipped).items():
+                console.print(f"{scheme}: sp.prune_ leaves {count} of the weights dense: {reason}")
         console.print(rewritten_table(scheme, backend.report))
     console.print(results_table(runs, after, args))
     if args.device == "cpu":

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from arguments import positive
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -94,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--epochs", type=positive, default=20)
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--depth", type=positive, default=2)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument(
         "--inner",
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = torch.tensor(digits.images / 16, dtype=torch.float32)
     labels = torch.tensor(digits.target)
     data = train_test_split(images, labels, test_size=320, random_state=0, stratify=labels)
+    if args.batch > len(data[0]):
+        parser.error(f"--batch {args.batch} is more than the {len(data[0])} training images")
 
     torch.manual_seed(args.seed)
     dense_model = ViT(depth=args.depth)

@@ -47,10 +47,11 @@ def why_no_masked_gradient(linear: Linear) -> str | None:
 
 def why_dense_grad_weight(linear: Linear) -> str | None:
     """Why grad_weight cannot be given the masked input, or None if it can be, or if there is none."""
-    if linear.grad_output is None:
-        return linear.unplaced if linear.unplaced.startswith("grad_weight") else None
+    if not linear.has_gradient:
+        return None
     if linear.grad_operand is None:
-        return "grad_weight: not found in the graph; left as captured"
+        found = linear.unplaced if linear.unplaced.startswith("grad_weight") else ""
+        return found or "grad_weight: not found in the graph; left as captured"
     input = input_of(linear.output)
     if input is None or not any(True for _ in _reads(linear, input.node)):
         return "grad_weight: the GEMM that reads the input was not found; left as captured"

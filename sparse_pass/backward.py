@@ -14,7 +14,20 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .gemms import MOVES, GradWeight, Linear, Use, aten, is_move, made_by, operands, packet_name, trace, weight_places
+from .gemms import (
+    MOVES,
+    GradWeight,
+    Linear,
+    Use,
+    aten,
+    input_of,
+    is_move,
+    made_by,
+    operands,
+    packet_name,
+    trace,
+    weight_places,
+)
 
 # What stands between a GEMM's gradient and the gradient output of its weight.
 _GRAD_MOVES = MOVES | frozenset(
@@ -80,6 +93,7 @@ def with_backward(
     grad_outputs: Mapping[Any, int] | None,
     backward: set[Node],
     lost: bool,
+    numbered: Mapping[Any, Sequence[Node]],
 ) -> Linear:
     """Add the backward GEMMs of one call.
 
@@ -88,6 +102,7 @@ def with_backward(
         grad_input: the backward reads of the weight that `assign_reads` gave to this call.
         backward: the nodes that need a gradient from outside.
         lost: a backward GEMM that reads the weight was given to nobody.
+        numbered: the calls of the graph by sequence number, in graph order.
     """
     unplaced = "grad_input: a backward GEMM of the weight belongs to none of its calls; left dense" if lost else ""
     linear = replace(linear, grad_input=tuple(grad_input), unplaced=unplaced)
@@ -97,8 +112,12 @@ def with_backward(
         )
     index = grad_outputs.get(unwrapped(linear.weight.meta.get("desc")))
     if index is None:
-        if linear.weight.op == "call_function":
-            unplaced = unplaced or "grad_weight: that of a weight which the graph computes; left as captured"
+        if linear.weight.op == "call_function" and _reaches_gradient(linear.weight, grad_outputs):
+            operand = _gradient_of_computed(linear, backward, numbered)
+            if operand is not None:
+                linear = replace(linear, grad_operand=operand, grad_weight=_grad_weight(operand, backward))
+            else:
+                unplaced = unplaced or "grad_weight: that of a weight which the graph computes; left as captured"
         return replace(linear, unplaced=unplaced)
     gradient: Node = linear.weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
     operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls}
@@ -189,6 +208,53 @@ def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
         if packet_name(node) in _GRAD_MOVES:
             pending += node.all_input_nodes
     return None
+
+
+def by_number(graph: Graph) -> dict[Any, list[Node]]:
+    """The calls of a graph by their sequence number, in graph order."""
+    numbered: dict[Any, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.meta.get("seq_nr") is not None:
+            numbered.setdefault(node.meta["seq_nr"], []).append(node)
+    return numbered
+
+
+def _reaches_gradient(computed: Node, grad_outputs: Mapping[Any, int]) -> bool:
+    """Whether something that a weight is computed from has a gradient."""
+    pending, seen = [computed], set()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            if node.op == "placeholder" and unwrapped(node.meta.get("desc")) in grad_outputs:
+                return True
+            pending += node.all_input_nodes
+    return False
+
+
+def _gradient_of_computed(linear: Linear, backward: set[Node], numbered: Mapping[Any, Sequence[Node]]) -> Node | None:
+    """The product of grad_output and input in the backward of a call, of whose weight no output is the gradient.
+
+    It has the number of the call, which is that of no op before it: an op under no_grad carries the number of the op
+    before it, and so do the ops inside of an autograd function. Their products are not looked for.
+    """
+    gemm, input = linear.output.gemm, input_of(linear.output)
+    calls = numbered.get(gemm.meta.get("seq_nr"), ())
+    first = next((node for node in calls if node not in backward and not is_move(node)), None)
+    if input is None or first is not gemm:
+        return None
+    root, _ = trace(input.node)
+
+    def multiplies(node: Node) -> bool:
+        sources = [trace(operand)[0] for operand in node.args if isinstance(operand, Node)]
+        return root in sources and any(source in backward for source in sources)
+
+    found = [node for node in calls if node in backward and _is_product(node) and multiplies(node)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_product(node: Node) -> bool:
+    return bool(weight_places(node)) or node.target is aten.mul.Tensor
 
 
 def _grad_weight(operand: Node, backward: set[Node]) -> GradWeight | None:

@@ -9,7 +9,15 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
-from .backward import assign_reads, backward_reads, gradient_outputs, tangent_dependent, unwrapped, with_backward
+from .backward import (
+    assign_reads,
+    backward_reads,
+    by_number,
+    gradient_outputs,
+    tangent_dependent,
+    unwrapped,
+    with_backward,
+)
 from .fqn import from_source, normalize
 from .gemms import Linear, Use, aten, is_move, operands, trace, weight_places
 
@@ -53,14 +61,14 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
     for linear in forward:
         sharing.setdefault(linear.weight, []).append(linear)
     if backward:
-        grad_outputs = gradient_outputs(graph)
+        grad_outputs, numbered = gradient_outputs(graph), by_number(graph)
         order = {node: place for place, node in enumerate(graph.nodes)}
         given = {
             weight: assign_reads(reads.get(weight, ()), calls, others.get(weight, ()), order)
             for weight, calls in sharing.items()
         }
         forward = [
-            with_backward(one, sharing[one.weight], by_call[one.output.gemm], grad_outputs, backward, lost)
+            with_backward(one, sharing[one.weight], by_call[one.output.gemm], grad_outputs, backward, lost, numbered)
             for one in forward
             for by_call, lost in [given[one.weight]]
         ]
@@ -95,7 +103,8 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
     stack = list((gemm.meta.get("nn_module_stack") or {}).values())
     module, kind = (from_source(stack[-1][0]), stack[-1][1]) if stack else ("", None)
     in_linear = _is_linear_module(kind)
-    for use, root, layout in operands(gemm):
+    # A linear module may multiply from the left: then what stands in the usual place is the input.
+    for use, root, layout in sorted(operands(gemm), key=lambda one: not _owners(parameters.get(one[1], ()), module)):
         known = parameters.get(root)
         canonical = use.operand is gemm.args[weight_places(gemm)[0][0]]
         if known is not None:
@@ -124,8 +133,8 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
 
 def _names(parameter_names: tuple[str, ...], module: str, in_linear: bool) -> tuple[str, ...]:
     """Module names first, then parameter names, for a weight known by ``parameter_names``."""
-    owners = [name.rpartition(".")[0] for name in parameter_names if name.rpartition(".")[2] == "weight"]
-    owned = [owner for owner in owners if owner == module or owner.endswith("." + module)] if module else []
+    owners = _weights(parameter_names)
+    owned = _owners(parameter_names, module)
     if not owned:
         # A function or an object that holds the model puts its own path in front of the module's.
         owned = sorted((owner for owner in owners if module.endswith("." + owner)), key=len)[-1:]
@@ -141,6 +150,15 @@ def _lookups(weight: Node) -> set[str]:
     """Names of the modules that look up rows of ``weight``, as of an embedding."""
     stacks = [user.meta.get("nn_module_stack") for user in weight.users if user.target is aten.embedding.default]
     return {from_source(list(stack.values())[-1][0]) for stack in stacks if stack}
+
+
+def _weights(parameter_names: tuple[str, ...]) -> list[str]:
+    return [name.rpartition(".")[0] for name in parameter_names if name.rpartition(".")[2] == "weight"]
+
+
+def _owners(parameter_names: tuple[str, ...], module: str) -> list[str]:
+    """The names of the module that runs here, by which the parameter is its weight."""
+    return [owner for owner in _weights(parameter_names) if module and f".{owner}".endswith(f".{module}")]
 
 
 def _is_linear_module(kind: object) -> bool:

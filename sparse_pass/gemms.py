@@ -100,15 +100,22 @@ class Linear:
     """(M, N, K); M is an int or a SymInt."""
     grad_input: tuple[Use, ...] = ()
     grad_operand: Node | None = None
-    """Gradient of ``output.operand``, before it is brought to the layout of the weight."""
+    """Gradient of ``output.operand``, before it is brought to the layout of the weight; of a computed weight as its
+    GEMM gives it."""
     grad_output: int | None = None
-    """Position of the weight's gradient among the outputs of the graph."""
+    """Position of the weight's gradient among the outputs of the graph; None for that of a computed weight."""
     grad_weight: GradWeight | None = None
     """What made ``grad_operand``, where it is one matmul."""
     unplaced: str = ""
     """What of the backward was expected and not found."""
     ambiguous: str = ""
     """Why the name may not mean this weight."""
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the weight has a gradient that this call is part of, found or not."""
+        found = self.grad_output is not None or self.grad_operand is not None
+        return found or self.unplaced.startswith("grad_weight")
 
 
 def weight_places(node: Node) -> tuple[tuple[int, Layout], ...]:

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from .config import Config, weight_scheme
-from .fqn import parse_config
+from .config import Config, input_scheme, weight_scheme
+from .fqn import normalize, parse_config
 from .legal import why_shape_skipped
 from .model_names import check_names, chosen_weights
 from .ops import mask24
 from .report import Report, Site
+
+_REMOVALS = {
+    "WeightNorm": "remove_weight_norm(module)",
+    "SpectralNorm": "remove_spectral_norm(module)",
+    "BasePruningMethod": "prune.remove(module, 'weight')",
+}
+"""By the classes of hooks that compute a weight before each call; two of them are deprecated, so by name."""
 
 
 def prune_(model: nn.Module, config: Config) -> Report:
     """Replace the named weights by S(weight), in place; shapes, dtypes and the state_dict's keys stay.
 
     The mask is the one that training used, so the pruned model computes in plain eager or compiled
-    dense PyTorch what it computed under the pass.
+    dense PyTorch what it computed under the pass. Of a weight whose input was the 2:4 operand of the output, by
+    itself or in a pair with the weight, nothing is written: the output was computed with the dense weight, and with
+    a 2:4 input that a dense model does not have.
 
     Args:
         model: any module; compiled or wrapped ones too.
         config: names to schemes, as for :func:`sparse_backend`; only ``mask`` of a scheme counts, and only of
-            those of weights.
+            a `WeightSparsity` that stands alone.
 
     Returns:
         Report: one site per weight, ``sparse`` or ``skipped``; M is ``"-"``, as no GEMM is involved.
@@ -40,14 +50,16 @@ def prune_(model: nn.Module, config: Config) -> Report:
         assert scheme is not None
         sparsity = weight_scheme(scheme)
         if weight is None:
-            if sparsity is None:
+            if sparsity is None or input_scheme(scheme) is not None:
                 continue  # nothing is to be done, and there is no weight to report
             raise ValueError(
                 f"{name!r} computes its weight from other parameters, so that a mask cannot be written into it:"
-                " call torch.nn.utils.parametrize.remove_parametrizations first, or map it to None"
+                f" call {_removal(model, name)} first, or map it to None"
             )
         if sparsity is None:
             reason = "the scheme is of the input only: the weight stays dense"
+        elif input_scheme(scheme) is not None:
+            reason = "the output is computed with the dense weight: of a pair it is the input that is 2:4 there"
         elif weight.is_meta:
             raise ValueError(f"{name!r} is on the meta device: load its data before prune_")
         else:
@@ -71,3 +83,15 @@ def prune_(model: nn.Module, config: Config) -> Report:
             # Not a product: 0 * inf would leave a NaN where the mask drops an infinity.
             weight.masked_fill_(~mask, 0)
     return Report(sites=tuple(sites))
+
+
+def _removal(model: nn.Module, name: str) -> str:
+    """What writes a computed weight into a parameter of its own: by what computes it."""
+    module = next(module for path, module in model.named_modules(remove_duplicate=False) if normalize(path) == name)
+    if parametrize.is_parametrized(module, "weight"):
+        return "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+    for hook in module._forward_pre_hooks.values():
+        for kind in type(hook).__mro__:
+            if kind.__name__ in _REMOVALS:
+                return f"torch.nn.utils.{_REMOVALS[kind.__name__]}"
+    return "what gives the module a parameter `weight` of its own"

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from .config import Config, Tune
 from .find import find_linears, other_readers, parameter_nodes
 from .fqn import Pattern, choose, parse_config
-from .gemms import Linear
+from .gemms import Linear, input_of, trace
 from .report import Report, Site
 from .rewrite_linear import Rewriting, refuse
 
@@ -66,7 +66,7 @@ def rewrite_graph(
         if pattern is not None and pattern.scheme is not None:
             chosen.append((linear, pattern))
     refuse(chosen, strict)
-    unread = _named_without_linear(graph, patterns, parameters, {linear.weight for linear in found.linears})
+    unread = _named_without_linear(graph, patterns, parameters, found.linears)
     if unread and strict:
         raise ValueError("sparse_pass cannot sparsify " + "; ".join(f"{one.fqn!r}: {one.reason}" for one in unread))
     matched.update(site.pattern for site in unread)
@@ -96,10 +96,11 @@ def rewrite_graph(
 
 
 def _named_without_linear(
-    graph: Graph, patterns: Sequence[Pattern], parameters: Mapping[Node, tuple[str, ...]], found: set[Node]
+    graph: Graph, patterns: Sequence[Pattern], parameters: Mapping[Node, tuple[str, ...]], linears: Sequence[Linear]
 ) -> list[Site]:
     """Named 2-D weights that the graph reads, but by no matmul that could be found: fused ops, products, branches."""
     sites = []
+    found = {linear.weight for linear in linears}
     for node, names in parameters.items():
         value = node.meta.get("val")
         if node in found or not isinstance(value, torch.Tensor) or value.dim() != 2:
@@ -113,6 +114,10 @@ def _named_without_linear(
             assert pattern.scheme is not None
             n, k = value.shape
             reason = f"no matmul of this weight was found: it is read by {', '.join(readers)}"
+            as_input = [linear.names[0] for linear in linears if _is_input(node, linear)]
+            if as_input:
+                others = ", ".join(map(repr, dict.fromkeys(as_input)))
+                reason = f"it is multiplied by another weight, {others}, and counts as the input of that one"
             sites.append(
                 Site(
                     fqn=known[0],
@@ -125,6 +130,11 @@ def _named_without_linear(
                 )
             )
     return sites
+
+
+def _is_input(node: Node, linear: Linear) -> bool:
+    input = input_of(linear.output)
+    return input is not None and trace(input.node)[0] is node
 
 
 def _is_branch(graph: Graph) -> bool:
@@ -180,8 +190,16 @@ def rewrite(graph_module: GraphModule, config: Config) -> Report:
         Report: one site per named linear of this graph.
 
     Raises:
+        TypeError: ``graph_module`` is something else, such as a torch.export program itself.
         ValueError: bad config; an exactly named linear that cannot be 2:4 sparse; no fake tensors.
+            The graph is untouched then.
     """
-    report = rewrite_graph(graph_module.graph, parse_config(config))
+    if not isinstance(graph_module, GraphModule):
+        given = type(graph_module).__name__
+        how = "; of a torch.export program pass program.graph_module or program.module()" * (given == "ExportedProgram")
+        raise TypeError(f"rewrite takes a torch.fx.GraphModule, got {given}{how}")
+    patterns = parse_config(config)
+    _fake_mode(graph_module.graph)  # or linears that no tensors tell of would count as absent
+    report = rewrite_graph(graph_module.graph, patterns)
     graph_module.recompile()
     return report

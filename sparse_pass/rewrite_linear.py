@@ -16,7 +16,7 @@ from .activation import (
     why_dense_grad_weight,
     why_no_masked_gradient,
 )
-from .config import ActivationSparsity, Tune, WeightSparsity, input_scheme, scheme_text, weight_scheme
+from .config import ActivationSparsity, Scheme, Tune, WeightSparsity, input_scheme, scheme_text, weight_scheme
 from .editor import Editor
 from .fqn import Pattern
 from .gemms import Linear, Use
@@ -44,7 +44,7 @@ def refuse(chosen: Sequence[tuple[Linear, Pattern]], strict: bool) -> None:
     refused = []
     for linear, pattern in chosen:
         assert pattern.scheme is not None
-        if reason := why_skipped(linear, pattern.scheme):
+        if reason := _why_skipped(linear, pattern.scheme):
             if strict or pattern.exact:
                 how = "exactly" if pattern.exact else f"by {pattern.text!r}"
                 refused.append(f"{linear.names[0]!r} (named {how}): {reason}")
@@ -55,25 +55,36 @@ def refuse(chosen: Sequence[tuple[Linear, Pattern]], strict: bool) -> None:
         raise ValueError("sparse_pass cannot sparsify " + "; ".join(refused))
 
 
+def _why_skipped(linear: Linear, scheme: Scheme) -> str | None:
+    """Why a scheme cannot be done at all: by its rules, or as a GEMM that it changes is not found.
+
+    A 2:4 input of output alone would be other mathematics in silence: the gradient of another function.
+    """
+    weight, input = weight_scheme(scheme), input_scheme(scheme)
+    reason = why_skipped(linear, scheme)
+    if reason is None and input is not None and not (weight is not None and _wants_gradient(linear, weight)):
+        reason = why_dense_grad_weight(linear)
+    return reason
+
+
 def _why_refused(linear: Linear, pattern: Pattern, strict: bool) -> str | None:
     """Why a scheme would leave a gradient as it is that it has to change."""
     weight, input = weight_scheme(pattern.scheme), input_scheme(pattern.scheme)
-    unplaced = linear.unplaced.startswith("grad_weight")
-    if unplaced and weight is not None and (weight.grad_weight == "masked" or weight.decay):
-        return linear.unplaced
+    if weight is not None and (weight.grad_weight == "masked" or weight.decay):
+        if linear.unplaced.startswith("grad_weight"):
+            return linear.unplaced
+        if linear.has_gradient and linear.grad_output is None:
+            return "grad_weight: that of a weight which the graph computes; left as captured"
     if input is not None and input.grad_input == "masked" and (reason := why_no_masked_gradient(linear)):
         return reason
-    if not strict:
-        return None
-    if weight is not None and _wants_gradient(linear, weight):
+    if strict and weight is not None and _wants_gradient(linear, weight):
         return why_dense_gradient(linear)
-    return None if input is None else why_dense_grad_weight(linear)
+    return None
 
 
 def _wants_gradient(linear: Linear, scheme: WeightSparsity) -> bool:
     """Whether a 2:4 grad_output is asked for and there is a gradient that it is for, found or not."""
-    has_gradient = linear.grad_output is not None or linear.unplaced.startswith("grad_weight")
-    return scheme.grad_weight == "mvue" and has_gradient
+    return scheme.grad_weight == "mvue" and linear.has_gradient
 
 
 GEMMS = ("output", "grad_input", "grad_weight")
@@ -96,10 +107,10 @@ class Rewriting:
         kernels: dict[str, str | None] = {
             "output": "dense",
             "grad_input": "dense" if linear.grad_input else None,
-            "grad_weight": None if linear.grad_output is None else "dense",
+            "grad_weight": "dense" if linear.has_gradient else None,
         }
         status: Status = "skipped"
-        why = [why_skipped(linear, scheme) or ""]
+        why = [_why_skipped(linear, scheme) or ""]
         if not why[0]:
             limits = device_limits(linear.weight.meta["val"].device, dtype)
             weight, input = weight_scheme(scheme), input_scheme(scheme)
@@ -183,10 +194,7 @@ class Rewriting:
         Appends to ``why`` why not by a sparse kernel. If by one, returns what is to be done after all other GEMMs of
         the linear are rewritten: it replaces nodes that they are found by.
         """
-        if grad_weight:
-            reason = why_dense_grad_weight(linear)
-            grad_weight = reason is None and linear.grad_operand is not None
-            why += [reason] if reason else []
+        grad_weight = grad_weight and linear.grad_operand is not None
         reason = why_not_sparse_input(linear, scheme, limits, grad_weight=grad_weight)
         tuned = self._tune == "auto"
         if reason is None and tuned and scheme.backend == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph_printer import capture
-from support import TOLERANCE, OwnLinear, compare, fresh_compile, relative_error, ste_reference
+from support import TOLERANCE, OwnLinear, compare, errors, fresh_compile, relative_error, run, ste_reference
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 import sparse_pass as sp
@@ -258,6 +260,59 @@ def test_a_linear_by_another_name() -> None:
     assert [site.fqn for site in one.report.sites] == ["0"]
 
 
+@pytest.mark.parametrize("scheme", [W24, sp.ActivationSparsity()], ids=str)
+def test_a_linear_that_multiplies_from_the_left(scheme: Any) -> None:
+    """Of a square input nothing but the name tells which operand is the weight."""
+
+    class Left(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.weight @ x.mT).mT + self.bias
+
+    model, x = nn.Sequential(nn.Tanh(), Left(8, 12)), leaf(8, 8)
+    plain = nn.Sequential(nn.Tanh(), nn.Linear(8, 12))
+    plain.load_state_dict(model.state_dict())
+    found = []
+    for one in (model, plain):
+        with fresh_compile():
+            backend = sp.sparse_backend({"1": scheme}, model=one, inner="aot_eager")
+            found.append(run(torch.compile(one, backend=backend), dict(one.named_parameters()), [x]))
+        (site,) = backend.report.sites
+        assert (site.fqn, site.status, site.shape) == ("1", "masked_dense", (8, 12, 8))
+    assert max(errors(*found).values()) < TOLERANCE[torch.float32]
+
+
+def test_a_parameter_that_a_linear_takes_as_input() -> None:
+    """The module's own weight is meant, also where it is computed and the input is a parameter."""
+
+    class Query(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(4, 8))
+            self.fc = nn.utils.parametrizations.weight_norm(nn.Linear(8, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.query) + x
+
+    (site,) = report_of(Query(), leaf(4, 12), "fc").sites
+    assert (site.fqn, site.status, site.shape) == ("fc", "masked_dense", (4, 12, 8))
+
+
+def test_a_weight_times_a_weight() -> None:
+    """One of them is the weight; that the other was read by a matmul, and is none of its weights, is said."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u, self.v = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(16, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.v @ self.u)
+
+    (site,) = report_of(Product(), leaf(5, 16), "v").sites
+    assert site.status == "skipped"
+    assert site.reason == "it is multiplied by another weight, 'u', and counts as the input of that one"
+
+
 def test_a_call_without_a_gradient_beside_one_that_has_it() -> None:
     class Monitored(nn.Module):
         def __init__(self) -> None:
@@ -419,7 +474,18 @@ def test_weights_that_prune_cannot_write() -> None:
     """Nothing is written then, to the others neither."""
     meta = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
     computed = nn.Sequential(nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
-    for model, message in ((meta, "'1' is on the meta device: load its data"), (computed, "'1' computes its weight")):
+    cases = [(meta, "'1' is on the meta device: load its data"), (computed, "'1' .* call .*parametrize.remove_param")]
+    for compute, removal in (
+        (nn.utils.weight_norm, r"remove_weight_norm\(module\)"),
+        (nn.utils.spectral_norm, r"remove_spectral_norm\(module\)"),
+        (lambda one: prune.random_unstructured(one, "weight", 0.5), r"prune\.remove\(module, 'weight'\)"),
+        (lambda one: prune.ln_structured(prune.identity(one, "weight"), "weight", 0.5, 2, 0), r"prune\.remove"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first two are deprecated
+            computed = nn.Sequential(nn.Linear(8, 8), compute(nn.Linear(8, 8)))
+        cases.append((computed, f"'1' .* call .*nn.utils.{removal}"))
+    for model, message in cases:
         before = model[0].weight.detach().clone()
         with pytest.raises(ValueError, match=message):
             sp.prune_(model, {"*": W24})

@@ -365,3 +365,17 @@ def test_threads_compile_at_once(inner: str) -> None:
     assert sites == {f"w{width}": (8, width, 64) for width in widths}
     assert backend.report.graphs == len(widths)
     assert backend.report.unmatched == ()
+
+
+def test_rewrite_of_what_it_cannot_read() -> None:
+    """Refused before anything is changed."""
+    model, x = nn.Sequential(nn.Linear(8, 12)), torch.randn(4, 8)
+    program, config = torch.export.export(model, (x,)), {"0": sp.WeightSparsity()}
+    before = printed(program.graph)
+    with pytest.raises(TypeError, match=r"got ExportedProgram; .* pass program\.graph_module or program\.module\(\)"):
+        sp.rewrite(program, config)
+    assert printed(program.graph) == before
+    with pytest.raises(TypeError, match=r"takes a torch\.fx\.GraphModule, got Sequential$"):
+        sp.rewrite(model, config)
+    with pytest.raises(ValueError, match=r"the graph carries no fake tensors .*capture it with torch\.compile"):
+        sp.rewrite(torch.fx.symbolic_trace(model), config)
