@@ -134,7 +134,7 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
 def _names(parameter_names: tuple[str, ...], module: str, in_linear: bool) -> tuple[str, ...]:
     """Module names first, then parameter names, for a weight known by ``parameter_names``."""
     owners = _weights(parameter_names)
-    owned = _owners(parameter_names, module)
+    owned = _owners(parameter_names, module)[:1]  # of a part of a model the first is that part's
     if not owned:
         # A function or an object that holds the model puts its own path in front of the module's.
         owned = sorted((owner for owner in owners if module.endswith("." + owner)), key=len)[-1:]

@@ -33,8 +33,8 @@ class Region:
     """Names of the linears of the other parts that the graph may serve too."""
 
     def own(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the names of a weight that it has in this part; all of them if it has none."""
-        return tuple(name for name in names if self.name and name.startswith(self.name + ".")) or names
+        """The names of a weight, those that it has in this part first."""
+        return tuple(sorted(names, key=lambda name: not (self.name and name.startswith(self.name + "."))))
 
 
 def guard_region(graph_module: GraphModule, model: nn.Module, patterns: Sequence[Pattern]) -> Region:
@@ -47,7 +47,12 @@ def guard_region(graph_module: GraphModule, model: nn.Module, patterns: Sequence
     if not prefix:
         return Region()
     weights = linear_weights(model)
-    decisions = {name: choose(patterns, [name]) for name in weights}
+    # A name of a parameter names it in all parts that share it.
+    shared: dict[int, list[str]] = {}
+    for raw, parameter in model.named_parameters(remove_duplicate=False):
+        if normalize(raw) in weights:
+            shared.setdefault(id(parameter), []).append(normalize(raw))
+    decisions = {name: choose(patterns, [name, *shared.get(id(weight), ())]) for name, weight in weights.items()}
     chosen = {name: pattern.scheme if pattern else None for name, pattern in decisions.items()}
     kind = type(model.get_submodule(prefix))
     alike, served, other = set(), [], False

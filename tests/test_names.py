@@ -558,6 +558,19 @@ def test_regional_compile_of_parts_that_share_a_weight() -> None:
     assert named(backend.report) == {"1.fc1": "1.fc1"}
 
 
+@pytest.mark.parametrize("owner", [0, 1])
+def test_regional_compile_of_parts_that_share_a_named_parameter(owner: int) -> None:
+    """By the name of the parameter all that read it are named; the part that has another one like it is not."""
+    model = nn.Sequential(Mlp(), Mlp(), Mlp())
+    model[1].fc1.weight = model[0].fc1.weight
+    x = torch.randn(4, 8)
+    dense = [part(x) for part in model]
+    backend = sp.sparse_backend({f"{owner}.fc1.weight": W24}, model=model, inner="aot_eager")
+    for part in model:
+        part.compile(backend=backend)
+    assert [torch.equal(part(x), before) for part, before in zip(model, dense, strict=True)] == [False, False, True]
+
+
 def test_regional_compile_of_parts_without_weights() -> None:
     class Sine(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
