@@ -100,13 +100,13 @@ def _error_of(linear: Callable[..., Tensor], device: int, dtype: torch.dtype) ->
         for transposed, features in ((False, n), (True, k)):
             input = _integers(m, weight.shape[0 if transposed else 1], 3)
             dense = input @ (weight if transposed else weight.T)
-            for bias in (None, _integers(1, features, 7)[0], _integers(1, features, 11)[0]):
+            biases = [_integers(1, features, step)[0] for step in (7, 11)]
+            # Both at once: the second in the memory of the first would be right by the first one's address, too.
+            placed = [bias.to(device="cuda", dtype=dtype) for bias in biases]
+            for bias, there in ((None, None), *zip(biases, placed, strict=True)):
                 expected = dense if bias is None else dense + bias
                 output = linear(
-                    weight.to(device="cuda", dtype=dtype),
-                    transposed,
-                    input.to(device="cuda", dtype=dtype),
-                    None if bias is None else bias.to(device="cuda", dtype=dtype),
+                    weight.to(device="cuda", dtype=dtype), transposed, input.to(device="cuda", dtype=dtype), there
                 )
                 error = (output.double().cpu() - expected).norm() / expected.norm()
                 worst = max(worst, float(error) if error == error else float("inf"))
