@@ -94,6 +94,18 @@ def chosen_weights(model: nn.Module, patterns: Sequence[Pattern]) -> list[tuple[
     return found
 
 
+def names_by_identity(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """All names of each parameter; of a 2-D weight those that `linear_weights`, and with it `check_names` and `prune_`,
+    knows: not that of the table of embeddings that a linear shares."""
+    linear = linear_weights(model)
+    names: dict[int, tuple[str, ...]] = {}
+    for raw, parameter in model.named_parameters(remove_duplicate=False):
+        name, known = normalize(raw), names.get(id(parameter), ())
+        other = is_lazy(parameter) or parameter.dim() != 2
+        names[id(parameter)] = (*known, name) if other or name in linear else known
+    return names
+
+
 def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> dict[int, tuple[str, ...]]:
     """Parameter names by position of the graph input.
 
@@ -103,17 +115,7 @@ def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> di
             that `linear_weights` knows then; those without any, and the parameters of other models in the same
             graph, have an empty tuple.
     """
-    by_identity: dict[int, tuple[str, ...]] = {}
-    by_name: dict[str, int] = {}
-    if model is not None:
-        linear = linear_weights(model)
-        for raw, parameter in model.named_parameters(remove_duplicate=False):
-            name, known = normalize(raw), by_identity.get(id(parameter), ())
-            by_name[name] = id(parameter)
-            # Of a 2-D weight only the names that `check_names` and `prune_` know, too: not that of the table
-            # of embeddings that a linear shares.
-            other = is_lazy(parameter) or parameter.dim() != 2
-            by_identity[id(parameter)] = (*known, name) if other or name in linear else known
+    by_identity = {} if model is None else names_by_identity(model)
     parameters = list(_parameter_inputs(graph_module))
     holders = {_holder(text) for _, text, example in parameters if id(example) in by_identity}
     found: dict[int, tuple[str, ...]] = {}
@@ -125,8 +127,9 @@ def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> di
             found[index] = ()  # of another model, such as the teacher of this one
         elif path:
             # FSDP swaps parameters, so identity can fail where the path does not.
-            longer = [name for name in by_name if name == path or name.endswith(f".{path}")]
-            found[index] = by_identity[by_name[longer[0]]] if len(longer) == 1 else (path,)
+            known = () if model is None else model.named_parameters(remove_duplicate=False)
+            longer = {normalize(name): id(one) for name, one in known if f".{normalize(name)}".endswith(f".{path}")}
+            found[index] = by_identity[next(iter(longer.values()))] if len(longer) == 1 else (path,)
     return found
 
 

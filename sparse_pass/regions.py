@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from .config import Scheme
 from .fqn import Pattern, choose, from_source, normalize
-from .model_names import linear_weights
+from .model_names import linear_weights, names_by_identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,7 @@ def guard_region(graph_module: GraphModule, model: nn.Module, patterns: Sequence
         return Region()
     weights = linear_weights(model)
     # A name of a parameter names it in all parts that share it.
-    shared: dict[int, list[str]] = {}
-    for raw, parameter in model.named_parameters(remove_duplicate=False):
-        if normalize(raw) in weights:
-            shared.setdefault(id(parameter), []).append(normalize(raw))
+    shared = names_by_identity(model)
     decisions = {name: choose(patterns, [name, *shared.get(id(weight), ())]) for name, weight in weights.items()}
     chosen = {name: pattern.scheme if pattern else None for name, pattern in decisions.items()}
     kind = type(model.get_submodule(prefix))

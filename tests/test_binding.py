@@ -17,7 +17,7 @@ from support import TOLERANCE, relative_error
 from torch import Tensor
 
 from sparse_pass import cuda_ops, reference
-from sparse_pass.kernels import cusparselt, timings
+from sparse_pass.kernels import cusparselt, recent, timings
 from sparse_pass.kernels.problem import B_TRANSPOSED, D_TRANSPOSED, FORMS, Form, Problem
 from sparse_pass.kernels.timings import Timing
 
@@ -85,7 +85,7 @@ def test_one_plan_serves_calls_of_one_shape(library: FakeCusparselt) -> None:
 
 def test_plans_are_limited_in_number(library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with dynamic shapes; the oldest go, and what the library holds for them."""
-    monkeypatch.setattr(cusparselt, "_PLANS_LIMIT", 2)
+    monkeypatch.setattr(recent, "LIMIT", 2)
     for rows in (8, 16, 24, 32):
         case = Case(rows)
         assert case.is_right(cusparselt.linear(*case.operands))

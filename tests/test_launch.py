@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparse_pass.kernels import launch as module
+from sparse_pass.kernels import recent
 from sparse_pass.kernels.launch import launch
 
 
@@ -86,7 +87,7 @@ def test_in_the_interpreter_nothing_is_compiled() -> None:
 
 
 def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LIMIT", 2)
+    monkeypatch.setattr(recent, "LIMIT", 2)
     kernel, x = Kernel(), torch.zeros(64)
     for rows in (1, 2, 3, 1, 3):
         launch(kernel, (2, 3), (x,), (rows,), (), 4)

@@ -13,7 +13,7 @@ import ctypes
 import functools
 import threading
 import weakref
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-def
 
 from .cusparselt_library import ALIGNMENT, call, check, function, new_struct, version
 from .problem import B_TRANSPOSED, D_TRANSPOSED, Form, Problem, algorithms
+from .recent import remember
 
 _ORDER_COL, _ORDER_ROW = 1, 2
 _OP_NON_TRANSPOSE, _OP_TRANSPOSE = 0, 1
@@ -180,10 +181,7 @@ def _destroy(to_destroy: list[tuple[str, int]], memory: object) -> None:
         call(name, "a plan that is no longer used", address)
 
 
-# Oldest first. A limit, since with dynamic shapes every M makes a plan.
 _PLANS: dict[tuple[Problem, int | None], Plan] = {}
-_PLANS_LIMIT = 1024
-_Key = TypeVar("_Key")
 
 
 def _new_plan(problem: Problem, algorithm: int | None, bias: Tensor | None) -> Plan:
@@ -225,10 +223,3 @@ def plan_for(problem: Problem, algorithm: int | None, bias: Tensor | None) -> Pl
         plan = _new_plan(problem, algorithm, bias)
         remember(_PLANS, key, plan)
     return plan
-
-
-def remember(plans: dict[_Key, Plan], key: _Key, plan: Plan) -> None:
-    """Add a plan, in the place of the oldest if there are too many."""
-    while len(plans) >= _PLANS_LIMIT:
-        plans.pop(next(iter(plans)), None)
-    plans[key] = plan

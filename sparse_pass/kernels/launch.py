@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .recent import remember
+
 _ALIGNMENT = 16  # what Triton looks at in a pointer
 _RUNNERS: dict[tuple[Any, ...], Callable[..., object]] = {}
-_LIMIT = 1024  # with dynamic shapes every number of rows makes one
 
 
 def launch(
@@ -36,7 +37,5 @@ def launch(
         return
     compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
     if compiled is not None and aligned:  # the interpreter compiles nothing
-        while len(_RUNNERS) >= _LIMIT:
-            _RUNNERS.pop(next(iter(_RUNNERS)), None)
         blocks = (*grid, 1)
-        _RUNNERS[key] = compiled[blocks]
+        remember(_RUNNERS, key, compiled[blocks])

@@ -49,7 +49,7 @@ def permute_bytes(low, high, selector):
 
 
 @triton.jit
-def _shuffled(low, high, SELECTOR: tl.constexpr):
+def shuffled(low, high, SELECTOR: tl.constexpr):
     return permute_bytes(low, high, tl.full(low.shape, SELECTOR, tl.int32))
 
 
@@ -102,8 +102,8 @@ def compress(x, mask, ALONG: tl.constexpr, ACROSS: tl.constexpr, DTYPE: tl.const
     """Four groups of a tile -> the four words of kept values, and their four metadata nibbles, one in each byte."""
     first = _look_up(_FIRST, mask)
     second = _look_up(_SECOND, mask)
-    low = _shuffled(first, second, 0x5140)
-    high = _shuffled(first, second, 0x7362)
+    low = shuffled(first, second, 0x5140)
+    high = shuffled(first, second, 0x7362)
     words = (
         _kept_values(x, 0, ALONG, low, DTYPE),
         _kept_values(x, ACROSS, ALONG, low >> 16, DTYPE),
@@ -126,10 +126,10 @@ def store_metadata(block_ptr, codes):
     byte0, byte2 = tl.split(even)  # by C0
     byte1, byte3 = tl.split(odd)
     # Transpose 4x4 bytes: from a word for each place in the word, to a word for each i.
-    low01, low23 = _shuffled(byte0, byte1, 0x5140), _shuffled(byte0, byte1, 0x7362)
-    high01, high23 = _shuffled(byte2, byte3, 0x5140), _shuffled(byte2, byte3, 0x7362)
+    low01, low23 = shuffled(byte0, byte1, 0x5140), shuffled(byte0, byte1, 0x7362)
+    high01, high23 = shuffled(byte2, byte3, 0x5140), shuffled(byte2, byte3, 0x7362)
     at = block_ptr + 8 * tl.arange(0, 16)[:, None] + tl.arange(0, 2)[None, :]
-    tl.store(at, tl.reshape(_shuffled(low01, high01, 0x5410), [16, 2]))
-    tl.store(at + 2, tl.reshape(_shuffled(low01, high01, 0x7632), [16, 2]))
-    tl.store(at + 4, tl.reshape(_shuffled(low23, high23, 0x5410), [16, 2]))
-    tl.store(at + 6, tl.reshape(_shuffled(low23, high23, 0x7632), [16, 2]))
+    tl.store(at, tl.reshape(shuffled(low01, high01, 0x5410), [16, 2]))
+    tl.store(at + 2, tl.reshape(shuffled(low01, high01, 0x7632), [16, 2]))
+    tl.store(at + 4, tl.reshape(shuffled(low23, high23, 0x5410), [16, 2]))
+    tl.store(at + 6, tl.reshape(shuffled(low23, high23, 0x7632), [16, 2]))

@@ -113,7 +113,7 @@ def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
 @triton.jit
 def _nibbles(low, high):
     """The metadata nibbles of two groups, in bytes 0 and 2, from their chosen elements."""
-    both = layout.permute_bytes(low, high, tl.full(low.shape, 0x5410, tl.int32))
+    both = layout.shuffled(low, high, 0x5410)
     return ((both >> 5) & 0x00030003) | ((both >> 11) & 0x000C000C)
 
 

@@ -11,6 +11,7 @@ from . import cusparselt
 from .cusparselt import Plan
 from .measure import timing_of
 from .problem import Form, Problem
+from .recent import remember
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def _choose(problem: Problem, bias: Tensor | None) -> Plan:
         log.warning("%s: the default algorithm is used", error)
         plan = cusparselt.plan_for(problem, None, bias)
     if not capturing:
-        cusparselt.remember(_CHOSEN, problem, plan)
+        remember(_CHOSEN, problem, plan)
     return plan
 
 
