@@ -9,7 +9,8 @@ from typing import TypeAlias
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from measure import arguments, peak_gib, race, save
+from measure import arguments, bars, captured, microseconds, peak_gib, race, save
+from naive import swap
 from torch import nn
 
 import sparse_pass as sp
@@ -61,7 +62,7 @@ def vit_l() -> tuple[nn.Module, torch.Tensor, Configs]:
 MODELS = {"ViT-L/16": vit_l, "Llama 1B": llama_1b}
 
 
-def measure(name: str, mode: str, linears: list[str], seconds: float) -> list[dict[str, object]]:
+def measure(name: str, mode: str, linears: list[str], seconds: float, naive: bool) -> list[dict[str, object]]:
     """One model with one optimizer, stepped dense and sparse."""
     torch._dynamo.reset()
     gc.collect()
@@ -83,6 +84,8 @@ def measure(name: str, mode: str, linears: list[str], seconds: float) -> list[di
 
     steps = {what: functools.partial(step, run) for what, run in runs.items()}
     times = race(steps, seconds)
+    named = {what: sorted({site.fqn for site in backend.report.sites}) for what, backend in backends.items()}
+    sparsify_ms = {what: _sparsify_ms(model, names, seconds) for what, names in named.items()}
     # CUDA graphs keep the memory of all three: what one of them needs is not to be seen there.
     peaks = {what: peak_gib(one) if mode == "default" else float("nan") for what, one in steps.items()}
     rows = []
@@ -99,10 +102,24 @@ def measure(name: str, mode: str, linears: list[str], seconds: float) -> list[di
                 "masked_dense": statuses.count("masked_dense"),
                 "speedup": times["dense"] / us,
                 "memory": peaks[what] / peaks["dense"],
+                "S(W) ms": sparsify_ms.get(what, 0.0),
             }
         )
+    if naive and "all" in named:
+        swap(model, named["all"])
+        us = microseconds(functools.partial(step, model), seconds / 4, warmup=1)
+        swap(model, named["all"], nn.Linear)
+        row = {"model": name, "linears": "all, naive _cslt, eager", "mode": mode, "step ms": us / 1000}
+        rows.append(row | {"speedup": times["dense"] / us})
     print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
     return rows
+
+
+def _sparsify_ms(model: nn.Module, names: list[str], seconds: float) -> float:
+    """What S(W) and S(W)^T of the named layers take in a step."""
+    weights = [model.get_submodule(name).weight.detach() for name in names]
+    graph = captured(lambda: [torch.ops.sparse_pass.sparsify(weight, "optimal") for weight in weights])
+    return microseconds(graph.replay, seconds / 8) / 1000
 
 
 def main() -> None:
@@ -111,12 +128,19 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["default", "reduce-overhead"])
     linears = ["MLP", "all", "all, mvue"]
     parser.add_argument("--linears", nargs="+", default=linears, choices=linears)
+    parser.add_argument("--no-naive", dest="naive", action="store_false", help="without the route by torch._cslt_*")
+    parser.add_argument("--name", default="end_to_end", help="name of the result files")
     args = parser.parse_args()
     rows = [
-        row for name in args.models for mode in args.modes for row in measure(name, mode, args.linears, args.seconds)
+        row
+        for name in args.models
+        for mode in args.modes
+        for row in measure(name, mode, args.linears, args.seconds, args.naive and mode == "default")
     ]
     about = "Forward, backward and fused AdamW, bfloat16, compiled; medians of CUDA events, all variants in one run."
-    save(pd.DataFrame(rows).round(3), "end_to_end", args.out, about)
+    table = pd.DataFrame(rows).round(3)
+    save(table, args.name, args.out, about)
+    bars(table, ["model", "mode"], "linears", "speedup", args.name, args.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from statistics import median
 
 import pandas as pd
 import torch
-from measure import arguments, captured, microseconds, save
+from measure import arguments, bars, captured, microseconds, save
 from torch import Tensor
 
 from sparse_pass import reference, reference_activation
@@ -209,19 +209,27 @@ def main() -> None:
     torch.manual_seed(0)
     if args.only in (None, "sparsify"):
         about = "S(W) and S(W)^T from W in one kernel; two compress: of the masked weight and its transpose, by torch."
-        save(sparsify_table(args.seconds / 5, args.warps), "kernels_sparsify", args.out, about)
+        table = sparsify_table(args.seconds / 5, args.warps)
+        save(table, "kernels_sparsify", args.out, about)
+        bars(table, ["N", "K", "stored", "packed", "warps"], "mask", "of copy", "kernels_sparsify", args.out)
     if args.only in (None, "rows"):
         about = "Gradients and inputs, bfloat16: one kernel each, against the bandwidth of a copy."
-        save(rows_table(args.seconds / 10), "kernels_rows", args.out, about)
+        table = rows_table(args.seconds / 10)
+        save(table, "kernels_rows", args.out, about)
+        bars(table, ["M", "K"], "kernel", "of copy", "kernels_rows", args.out)
     if args.only in (None, "host"):
         about = "Host time of a call, bfloat16, [256, 256] x [256, 256]^T: launches that the GPU does not wait for."
-        save(host_table(), "kernels_host", args.out, about)
+        table = host_table()
+        save(table, "kernels_host", args.out, about)
+        dense = float(table.set_index("call")["host us"]["dense linear"])
+        bars(table, ["call"], None, "host us", "kernels_host", args.out, line=dense)
     if args.only in (None, "algorithms"):
         for dtype in (torch.bfloat16, torch.float16):
             name = str(dtype).removeprefix("torch.")
             about = f"GPU microseconds of each cuSPARSELt algorithm id, {name}; dense by torch, of the same GEMM."
             table = algorithms_table(args.seconds / 20, dtype, args.every_id)
             save(table, f"kernels_algorithms_{name}", args.out, about)
+            bars(table, ["M", "K", "N"], "GEMM", "speedup", f"kernels_algorithms_{name}", args.out)
 
 
 if __name__ == "__main__":

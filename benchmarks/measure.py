@@ -9,12 +9,13 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 import pandas as pd
 import torch
+from matplotlib import pyplot as plt
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -114,3 +115,23 @@ def save(table: pd.DataFrame, name: str, out: Path, about: str) -> None:
     facts = "\n".join(f"- {key}: {value}" for key, value in environment().items())
     (out / f"{name}.md").write_text(f"# {name}\n\n{about}\n\n{facts}\n\n{table.to_markdown(index=False)}\n")
     print(f"\n{name}: {about}\n{table.to_string(index=False)}", flush=True)
+
+
+def bars(
+    table: pd.DataFrame, groups: Sequence[str], kinds: str | None, value: str, name: str, out: Path, line: float = 1.0
+) -> None:
+    """Plot a column of a table as ``name``.png: a group of bars for each row of the columns ``groups``, a bar of it for
+    each value of the column ``kinds``, and a line where nothing is gained."""
+    told = [column for column in groups if table[column].nunique() > 1] or list(groups)
+    label = table[told].astype(str).agg(" | ".join, axis=1).rename("")
+    kinds_of = table[kinds] if kinds else value
+    wide = table.assign(label=label, kinds=kinds_of).pivot_table(value, "label", "kinds", sort=False)
+    height = 1.2 + 0.18 * wide.size + 0.15 * len(wide)
+    axes = wide.iloc[::-1].plot.barh(figsize=(9, height), width=0.8, legend=False)
+    if kinds is not None:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.axvline(line, color="grey", linewidth=1)
+    axes.set_xlabel(value)
+    axes.set_ylabel("")
+    axes.figure.savefig(out / f"{name}.png", dpi=100, bbox_inches="tight")
+    plt.close(axes.figure)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from measure import arguments, microseconds, peak_gib, race, save
+from measure import arguments, bars, microseconds, peak_gib, race, save
+from naive import naive_linear
 from torch import nn
 
 import sparse_pass as sp
@@ -47,28 +48,9 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class _Naive(torch.autograd.Function):
-    """What a user would write with torch's own `_cslt_*` calls; the masked weight is made elsewhere."""
-
-    @staticmethod
-    def forward(ctx, x, weight, kept):
-        packed, ctx.packed_t = torch._cslt_compress(kept), torch._cslt_compress(kept.T.contiguous())
-        ctx.save_for_backward(x)
-        return torch._cslt_sparse_mm(packed, x.T, transpose_result=True)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        grad = grad.contiguous()
-        return torch._cslt_sparse_mm(ctx.packed_t, grad.T, transpose_result=True), grad.T @ x, None
-
-
 def _naive(model: MLP, x: torch.Tensor) -> torch.Tensor:
-    for linear in (model.fc1, model.fc2):
-        kept = torch.where(sp.mask24(linear.weight), linear.weight.detach(), 0)
-        x = _Naive.apply(x, linear.weight, kept) + linear.bias
-        x = model.act(x) if linear is model.fc1 else x
-    return x
+    hidden = model.act(naive_linear(x, model.fc1.weight, model.fc1.bias))
+    return naive_linear(hidden, model.fc2.weight, model.fc2.bias)
 
 
 def _step(run, model: nn.Module, x: torch.Tensor, grad: torch.Tensor):
@@ -165,7 +147,9 @@ def main() -> None:
     about = (
         "MLP forward and backward, GPU microseconds a step (median), input needs its gradient; act24: the second layer."
     )
-    save(pd.DataFrame(rows).round(3), args.name, args.out, about)
+    table = pd.DataFrame(rows).round(3)
+    save(table, args.name, args.out, about)
+    bars(table, ["M, dim, hidden", "dtype", "mode", "activation"], "variant", "speedup", args.name, args.out)
 
 
 if __name__ == "__main__":

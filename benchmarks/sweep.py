@@ -6,7 +6,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from measure import arguments, captured, race, save
+from measure import arguments, captured, microseconds, peak_gib, race, save
+from naive import naive_linear
 from torch import Tensor
 
 from sparse_pass.kernels import compiled, problem, sparsify
@@ -39,6 +40,14 @@ def measure(k: int, n: int, rows: int, dtype: torch.dtype, seconds: float) -> di
     steps = {"dense": lambda: dense(weight), "sparse": sparse, "masked_dense": masked}
     graphs = {name: captured(step) for name, step in steps.items()}
     times = race({name: graph.replay for name, graph in graphs.items()}, seconds)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+
+    def naive() -> None:
+        torch.autograd.grad(naive_linear(*leaves), leaves, grad)
+
+    # By its kernels and its launches: torch does not promise that compress can be captured.
+    naive_us = microseconds(naive, seconds / 4)
+    peaks = {name: peak_gib(steps[name]) for name in ("dense", "sparse")}
     parts = [tuning.preparation_of("S(W)", 0, (n, k), dtype, dtype, "optimal")]
     for sizes in ((n, k, True), (k, n, False)):
         parts.append(tuning.timing_of(problem.Problem(0, dtype, rows, *sizes), measure=True))
@@ -49,6 +58,9 @@ def measure(k: int, n: int, rows: int, dtype: torch.dtype, seconds: float) -> di
         "N": n,
         "M": rows,
         **{f"{name} us": time for name, time in times.items()},
+        "naive _cslt us": naive_us,
+        "S(W) us": parts[0].sparse_us,
+        "memory": peaks["sparse"] / peaks["dense"],
         "chosen": chosen,
         "speedup tuned": times["dense"] / times[chosen],
         "speedup sparse": times["dense"] / times["sparse"],
