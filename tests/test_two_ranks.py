@@ -1,0 +1,188 @@
+"""DistributedDataParallel and FSDP2 with two ranks, on CPUs and on two GPUs, and two GPUs in one process.
+
+This file is also the program of a rank::
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/test_two_ranks.py cpu ddp
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import relative_error
+from torch import Tensor, nn
+
+import sparse_pass as sp
+from sparse_pass.backend import SparseBackend
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+GPU = pytest.mark.gpu
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+DIM, ROWS, BLOCKS = 256, 192, 3
+W24 = sp.WeightSparsity(backend="cusparselt")
+CONFIG = {"blocks.*.fc1": W24, "blocks.1.fc2": W24}
+NAMED = ["blocks.0.fc1", "blocks.1.fc1", "blocks.1.fc2", "blocks.2.fc1"]
+TOLERANCE = 3e-2  # bfloat16, three blocks deep, against float32
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(DIM, 2 * DIM)
+        self.fc2 = nn.Linear(2 * DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(torch.relu(self.fc1(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def network() -> Stack:
+    torch.manual_seed(0)
+    return Stack().to(torch.bfloat16)
+
+
+def gradients(model: nn.Module, run, x: Tensor) -> dict[str, Tensor]:
+    """By the names of the parameters in `Stack`, whole where they are sharded."""
+    model.zero_grad()
+    run(x).float().square().mean().backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
+    return found
+
+
+def expected(model: Stack, x: Tensor) -> dict[str, Tensor]:
+    """Straight-through gradients, in float32."""
+    pruned = copy.deepcopy(model)
+    sp.prune_(pruned, CONFIG)
+    return gradients(pruned.float(), pruned, x.float())
+
+
+def check(actual: dict[str, Tensor], wanted: dict[str, Tensor], backend: SparseBackend) -> None:
+    errors = {name: relative_error(actual[name].float(), grad) for name, grad in wanted.items()}
+    assert max(errors.values()) < TOLERANCE, errors
+    sites = {site.fqn: (site.output, site.grad_input) for site in backend.report.sites}
+    assert sorted(sites) == NAMED
+    kernel = "cusparselt" if next(iter(actual.values())).is_cuda else "reference"
+    assert sites["blocks.1.fc1"] == (kernel, kernel), sites
+    assert backend.report.unmatched == ()
+
+
+def rank(device_type: str, kind: str) -> None:
+    """One of two ranks: each has half of the batch, and both must come to the gradients of all of it."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    on_gpu = device_type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = torch.device("cuda", dist.get_rank()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    model = network().to(device)
+    x = torch.randn(
+        2 * ROWS, DIM, device=device, dtype=torch.bfloat16, generator=torch.Generator(device).manual_seed(1)
+    )
+    half = x.chunk(2)[dist.get_rank()]
+    for step in range(3):
+        if step == 0:
+            wanted = expected(model, x)
+            backend = sp.sparse_backend(CONFIG, model=model)
+            if kind == "ddp":
+                wrapped: nn.Module = DistributedDataParallel(model)
+                run = torch.compile(wrapped, backend=backend)
+            else:
+                wrapped = model
+                for block in model.blocks:
+                    fully_shard(block)
+                fully_shard(model)
+                run = torch.compile(model, backend=backend) if kind == "fsdp2" else model
+                for block in model.blocks if kind == "fsdp2-blocks" else ():
+                    block.compile(backend=backend)
+        check(gradients(wrapped, run, half), wanted, backend)
+    dist.destroy_process_group()
+    print("gradients agree", flush=True)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=[GPU, TWO])])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-blocks"])
+def test_two_ranks(device_type, kind, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, __file__, device_type, kind]
+    path = os.pathsep.join([str(Path(sp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "SPARSE_PASS_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert done.stdout.count("gradients agree") == 2
+    # What one rank has measured the other reads.
+    measured = [line.partition("measures")[2] for line in output.splitlines() if "sparse_pass measures" in line]
+    shapes = [line.replace("cuda:1", "cuda:0") for line in measured]
+    assert bool(shapes) == (device_type == "cuda"), output
+    assert len(shapes) == len(set(shapes)), output
+
+
+@GPU
+@TWO
+def test_two_devices_in_one_process(tuning_folder):
+    backend = sp.sparse_backend(CONFIG, model=network())
+    failures: list[BaseException] = []
+
+    def train(index: int) -> None:
+        try:
+            device = torch.device("cuda", index)
+            with torch.cuda.device(device):
+                model = network().to(device)
+                x = torch.randn(ROWS, DIM, device=device, dtype=torch.bfloat16)
+                wanted = expected(model, x)
+                run = torch.compile(model, backend=backend)
+                for _ in range(3):
+                    check(gradients(model, run, x), wanted, backend)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=train, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+@GPU
+@TWO
+def test_a_device_that_is_not_current():
+    model, device = network(), torch.device("cuda", 1)
+    model.to(device)
+    x = torch.randn(ROWS, DIM, device=device, dtype=torch.bfloat16)
+    wanted = expected(model, x)
+    backend = sp.sparse_backend(CONFIG, model=model)
+    assert torch.cuda.current_device() == 0
+    check(gradients(model, torch.compile(model, backend=backend), x), wanted, backend)
+    assert torch.cuda.current_device() == 0
+
+
+if __name__ == "__main__":
+    rank(*sys.argv[1:])
