@@ -131,16 +131,14 @@ def main() -> None:
     parser.add_argument("--no-naive", dest="naive", action="store_false", help="without the route by torch._cslt_*")
     parser.add_argument("--name", default="end_to_end", help="name of the result files")
     args = parser.parse_args()
-    rows = [
-        row
-        for name in args.models
-        for mode in args.modes
-        for row in measure(name, mode, args.linears, args.seconds, args.naive and mode == "default")
-    ]
     about = "Forward, backward and fused AdamW, bfloat16, compiled; medians of CUDA events, all variants in one run."
-    table = pd.DataFrame(rows).round(3)
-    save(table, args.name, args.out, about)
-    bars(table, ["model", "mode"], "linears", "speedup", args.name, args.out)
+    rows: list[dict[str, object]] = []
+    for name in args.models:
+        for mode in args.modes:
+            rows += measure(name, mode, args.linears, args.seconds, args.naive and mode == "default")
+            table = pd.DataFrame(rows).round(3)
+            save(table, args.name, args.out, about)  # after each: the last one may take long
+            bars(table, ["model", "mode"], "linears", "speedup", args.name, args.out)
 
 
 if __name__ == "__main__":

@@ -191,9 +191,15 @@ def _product(form: Form, packed: Tensor, dense: Tensor, rows: int, tuned: bool) 
 
 
 def _padded_rows(matrix: Tensor) -> Tensor:
-    from .kernels import cusparselt
-
-    return cusparselt.padded_rows(matrix)
+    """With rows of zeros up to a multiple of 64, for the forms whose K is padded: they meet zeros that are not stored,
+    any number would do but NaN."""
+    rows, cols = matrix.shape
+    if rows % 64 == 0:
+        return matrix
+    padded = matrix.new_empty(rows + -rows % 64, cols)
+    padded[:rows].copy_(matrix)
+    padded[rows:].zero_()
+    return padded
 
 
 @functools.cache

@@ -1,9 +1,9 @@
 """What Inductor makes of the ops: calls of the kernels themselves, into buffers that Inductor plans.
 
 An op of torch.library reaches its Python kernel through the dispatcher and its autograd layer, which takes longer
-on the host than the launch. Compiled code has checked all that a call could get wrong when it was traced. Where the
-kernels need more than a call (a device with another layout, a number of rows that has to be padded, a C++ wrapper)
-the op itself is called, as without this file.
+on the host than the launch. Compiled code has checked all that a call could get wrong when it was traced. Rows that
+have to be padded are padded by Inductor. Where the kernels need more than a call (a device with another layout, rows
+whose number is not known, a C++ wrapper) the op itself is called, as without this file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 
 from . import cuda_ops, reference
@@ -23,6 +23,7 @@ from . import input_ops as _input_ops  # noqa: F401
 from . import ops as _ops  # noqa: F401
 
 _sparse_ops = torch.ops.sparse_pass
+aten = torch.ops.aten
 # Where compiled code finds the kernels. The references are there to test this file without a GPU.
 _KERNELS = "sparse_pass.kernels.compiled"
 _REFERENCES = {
@@ -77,12 +78,23 @@ def _is_multiple(size: Any, of: int) -> bool:
     return bool(sizes.statically_known_multiple_of(size, of) and sizes.statically_known_gt(size, 0))
 
 
-def _in_tiles(rows: Any) -> Any:
-    """A number of rows in whole tiles, or None if it is not known whether there are any or how many are missing."""
-    if _is_multiple(rows, _TILE_ROWS):
+def _up_to(rows: Any, multiple: int) -> Any:
+    """A number of rows, rounded up; None if it is not known whether there are any or how many are missing."""
+    if _is_multiple(rows, multiple):
         return rows
     is_number = isinstance(rows, int) or rows.is_Integer
-    return reference.padded(int(rows)) if is_number and rows > 0 else None
+    return -(-int(rows) // multiple) * multiple if is_number and rows > 0 else None
+
+
+def _padded(x: Any, rows: Any) -> Any:
+    """With rows of zeros up to so many. By Inductor: one kernel, or a part of the one that makes x."""
+    missing = rows - x.get_size()[0]
+    return x if missing == 0 else lowerings[aten.constant_pad_nd.default](x, [0, 0, 0, int(missing)], 0.0)
+
+
+def _first(x: Any, rows: Any) -> Any:
+    """The first so many rows, in place."""
+    return x if rows == x.get_size()[0] else lowerings[aten.slice.Tensor](x, 0, 0, rows)
 
 
 def _call_op(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,9 +138,11 @@ def _making(kernel: str, layouts: Sequence[Any], inputs: Any, constants: Any = (
 def _lower_linear(input: Any, packed: Any, bias: Any, out_features: Any, *, tuned: bool = False) -> Any:
     rows = input.get_size()[0]
     kernel = _kernel("linear_into", input.get_device(), input.get_dtype())
-    if kernel is None or not _is_multiple(rows, _LINEAR_ROWS):
+    padded = _up_to(rows, _LINEAR_ROWS)
+    if kernel is None or padded is None:
         return _call_op(_sparse_ops.linear.default, input, packed, bias, out_features, tuned=tuned)
-    return _into(kernel, input, [rows, out_features], (input, packed, bias), tuned=tuned)
+    operands = _padded(input, padded), packed, bias
+    return _first(_into(kernel, input, [padded, out_features], operands, tuned=tuned), rows)
 
 
 def _lower_sparsify(weight: Any, mask: str, *, dtype: torch.dtype | None = None) -> Any:
@@ -155,7 +169,7 @@ def _lower_sparsify_one(weight: Any, mask: str, transposed: bool, *, dtype: torc
 def _lower_sparsify_mvue(grad: Any, seed: Any) -> Any:
     device, dtype = grad.get_device(), grad.get_dtype()
     kernel = _kernel("sparsify_mvue", device, dtype)
-    rows, cols = _in_tiles(grad.get_size()[0]), grad.get_size()[1]
+    rows, cols = _up_to(grad.get_size()[0], _TILE_ROWS), grad.get_size()[1]
     if kernel is None or rows is None:
         return _call_op(_sparse_ops.sparsify_mvue.default, grad, seed)
     inputs = [_stride1(grad), ir.ExternKernel.realize_input(seed)]
@@ -165,7 +179,7 @@ def _lower_sparsify_mvue(grad: Any, seed: Any) -> Any:
 def _lower_sparsify_mvue_sum(grad: Any, seed: Any) -> Any:
     device, dtype = grad.get_device(), grad.get_dtype()
     kernel = _kernel("sparsify_mvue_sum", device, dtype)
-    rows, cols = _in_tiles(grad.get_size()[0]), grad.get_size()[1]
+    rows, cols = _up_to(grad.get_size()[0], _TILE_ROWS), grad.get_size()[1]
     if kernel is None or rows is None:
         return _call_op(_sparse_ops.sparsify_mvue_sum.default, grad, seed)
     sums = ir.FixedLayout(device, torch.float32, [rows // _TILE_ROWS, cols], [cols, 1])
@@ -176,15 +190,16 @@ def _lower_sparsify_mvue_sum(grad: Any, seed: Any) -> Any:
 def _lower_grad_weight(packed: Any, input: Any, out_features: Any, *, tuned: bool = False) -> Any:
     rows, cols = input.get_size()
     kernel = _kernel("grad_weight_into", input.get_device(), input.get_dtype())
-    if kernel is None or _in_tiles(rows) is None or not _is_multiple(cols, _LINEAR_ROWS):
+    padded = _up_to(rows, _TILE_ROWS)
+    if kernel is None or padded is None or not _is_multiple(cols, _LINEAR_ROWS):
         return _call_op(_sparse_ops.grad_weight.default, packed, input, out_features, tuned=tuned)
-    return _into(kernel, input, [out_features, cols], (packed, input), tuned=tuned)
+    return _into(kernel, input, [out_features, cols], (packed, _padded(input, padded)), tuned=tuned)
 
 
 def _lower_sparsify_input(input: Any, gate: Any, mask: str, activation: str) -> Any:
     device, dtype = input.get_device(), input.get_dtype()
     kernel = _kernel("sparsify_input", device, dtype)
-    rows, cols = _in_tiles(input.get_size()[0]), input.get_size()[1]
+    rows, cols = _up_to(input.get_size()[0], _TILE_ROWS), input.get_size()[1]
     if kernel is None or rows is None:
         return _call_op(_sparse_ops.sparsify_input.default, input, gate, mask, activation)
     # The gate comes second, or None does.
@@ -196,17 +211,20 @@ def _lower_sparsify_input(input: Any, gate: Any, mask: str, activation: str) -> 
 def _lower_input_linear(packed: Any, weight: Any, rows: Any, *, tuned: bool = False) -> Any:
     out_features = weight.get_size()[0]
     kernel = _kernel("input_linear_into", weight.get_device(), weight.get_dtype())
-    if kernel is None or not _is_multiple(rows, _TILE_ROWS) or not _is_multiple(out_features, _LINEAR_ROWS):
+    padded = _up_to(rows, _TILE_ROWS)
+    if kernel is None or padded is None or not _is_multiple(out_features, _LINEAR_ROWS):
         return _call_op(_sparse_ops.input_linear.default, packed, weight, rows, tuned=tuned)
-    return _into(kernel, weight, [rows, out_features], (packed, weight), tuned=tuned)
+    return _first(_into(kernel, weight, [padded, out_features], (packed, weight), tuned=tuned), rows)
 
 
 def _lower_input_grad_weight(packed_t: Any, grad_output: Any, in_features: Any, *, tuned: bool = False) -> Any:
     rows, out_features = grad_output.get_size()
     kernel = _kernel("input_grad_weight_into", grad_output.get_device(), grad_output.get_dtype())
-    if kernel is None or _in_tiles(rows) is None or not _is_multiple(out_features, _LINEAR_ROWS):
+    padded = _up_to(rows, _TILE_ROWS)
+    if kernel is None or padded is None or not _is_multiple(out_features, _LINEAR_ROWS):
         return _call_op(_sparse_ops.input_grad_weight.default, packed_t, grad_output, in_features, tuned=tuned)
-    return _into(kernel, grad_output, [out_features, in_features], (packed_t, grad_output), tuned=tuned)
+    operands = packed_t, _padded(grad_output, padded)
+    return _into(kernel, grad_output, [out_features, in_features], operands, tuned=tuned)
 
 
 @functools.cache

@@ -220,13 +220,24 @@ def test_what_an_operand_costs(
 
 
 def test_time_of_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The median of replays of a graph of four launches; before it, one launch and one replay to warm up."""
-    clock = Clock(monkeypatch, [999.0, 8.0, 4.0, 2.0, 400.0, 1.0])
+    """The median of replays of a graph of four launches; before it, one launch, a replay and 20 ms to warm up."""
+    replays = [999.0, 8.0, *[9.0] * 3, 8.0, 4.0, 2.0, 400.0, 1.0]
+    clock = Clock(monkeypatch, replays)
     launched: list[bool] = []
     assert measure._time(lambda: launched.append(clock.capturing)) == pytest.approx(1000.0)
+    assert replays == []
     assert launched == [False, True, True, True, True]
     assert clock.mode == "thread_local"  # other threads, as the one of autograd, may go on
     assert clock.waits == 2  # for what made the operands, and for the first launch
+
+
+def test_a_sample_is_long_enough_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a millisecond: of launches of 31 us four replays of four."""
+    samples = [0.125] * 4 + [0.25] * 4 + [0.375] * 12
+    replays = [5.0, 0.125, *[0.125] * 160, *samples]
+    Clock(monkeypatch, replays)
+    assert measure._time(lambda: None) == pytest.approx(93.75)
+    assert replays == []
 
 
 # The tuner

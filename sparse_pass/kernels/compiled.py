@@ -30,12 +30,12 @@ def linear_into(input: Tensor, packed: Tensor, bias: Tensor | None = None, *, tu
 
 def _product(form: Form, packed: Tensor, dense: Tensor, rows: int, tuned: bool, out: Tensor) -> None:
     multiply = tuner.product if tuned else cusparselt.product
-    multiply(form, dense if form == "input" else cusparselt.padded_rows(dense), packed, rows, out)
+    multiply(form, dense, packed, rows, out)
 
 
 def grad_weight_into(packed: Tensor, input: Tensor, *, tuned: bool, out: Tensor) -> None:
     """``out`` = MVUE(grad_output)^T input: packed as `sparsify_mvue` returns it, input [M, K] and out [N, K]
-    contiguous, M positive, K a multiple of 8."""
+    contiguous, M a positive multiple of 64, K one of 8."""
     _product("grad_weight", packed, input, out.shape[0], tuned, out)
 
 
@@ -47,5 +47,5 @@ def input_linear_into(packed: Tensor, weight: Tensor, *, tuned: bool, out: Tenso
 
 def input_grad_weight_into(packed_t: Tensor, grad_output: Tensor, *, tuned: bool, out: Tensor) -> None:
     """``out`` = grad_output^T S(x): packed_t as `sparsify_input` returns it, grad_output [M, N] and out [N, K]
-    contiguous, M positive, N a multiple of 8."""
+    contiguous, M a positive multiple of 64, N one of 8."""
     _product("input_grad_weight", packed_t, grad_output, out.shape[1], tuned, out)

@@ -163,18 +163,6 @@ def realigned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
-def padded_rows(matrix: Tensor) -> Tensor:
-    """With rows of zeros up to a multiple of 64, for the forms whose K is padded: they meet zeros that are not stored,
-    any number would do but NaN."""
-    rows, cols = matrix.shape
-    if rows % 64 == 0:
-        return matrix
-    padded = matrix.new_empty(rows + -rows % 64, cols)
-    padded[:rows].copy_(matrix)
-    padded[rows:].zero_()
-    return padded
-
-
 def _destroy(to_destroy: list[tuple[str, int]], memory: object) -> None:
     """Undo what was built, last first. memory: of the structs, which has to live until here."""
     for name, address in reversed(to_destroy):
