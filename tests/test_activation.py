@@ -280,6 +280,17 @@ def test_strides(kind: str) -> None:
     )
 
 
+@INNERS
+@pytest.mark.parametrize("columns", [False, True], ids=["stored by rows", "stored by columns"])
+def test_input_changed_in_place(columns: bool, inner: str) -> None:
+    """A vector is a view of the row that a matmul gives: forward and backward each make views of the changed row anew."""
+    model = nn.Sequential(nn.Linear(8, 12, bias=False), nn.ReLU(inplace=True), nn.Linear(12, 8, bias=False))
+    if columns:
+        model[2].weight = nn.Parameter(model[2].weight.detach().T.contiguous().T)
+    report = compare_inputs(model, {"0": ACT, "2": ACT}, leaf(8), inner=inner)
+    assert {site.grad_weight for site in report.sites} == {"masked_dense"}
+
+
 @pytest.mark.parametrize("scheme", [MASKED, (sp.WeightSparsity(), MASKED)], ids=["input", "pair"])
 def test_gradient_of_a_square_input(scheme: Any) -> None:
     """Of an input stored column by column the matmul gives the transposed gradient, and its shape is the same."""
