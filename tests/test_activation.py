@@ -280,10 +280,19 @@ def test_strides(kind: str) -> None:
     )
 
 
+def test_gradient_of_a_row_stored_as_a_column() -> None:
+    """Its gradient has the strides of a column, and once it is masked of a row: for what reads it they are the same."""
+    column = torch.randn(8, 1).t().requires_grad_()
+    compare_inputs(
+        nn.Sequential(nn.Linear(8, 12)), {"0": MASKED}, column,
+        context=lambda: torch.autocast("cpu", torch.bfloat16), tolerance=TOLERANCE[torch.bfloat16],
+    )  # fmt: skip
+
+
 @INNERS
 @pytest.mark.parametrize("columns", [False, True], ids=["stored by rows", "stored by columns"])
 def test_input_changed_in_place(columns: bool, inner: str) -> None:
-    """A vector is a view of the row that a matmul gives: forward and backward each make views of the changed row anew."""
+    """A vector is a view of the row that a matmul gives: forward and backward each make views of what it became."""
     model = nn.Sequential(nn.Linear(8, 12, bias=False), nn.ReLU(inplace=True), nn.Linear(12, 8, bias=False))
     if columns:
         model[2].weight = nn.Parameter(model[2].weight.detach().T.contiguous().T)
