@@ -152,7 +152,6 @@ class Editor:
             node = source
 
     def clean(self) -> None:
-        """Erase what the rewrites left without users, of what is outdated and of what was made once."""
+        """Erase what the rewrites left without users, of what is outdated and of what was made once, all its calls."""
         for node in reversed(list(dict.fromkeys([*self.outdated, *self.made.values()]))):
-            if not node.users and not node._erased:
-                self.graph.erase_node(node)
+            self.erase_dead(node)
