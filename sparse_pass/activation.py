@@ -105,15 +105,16 @@ def rewrite_input_sparse(
 ) -> None:
     """Compute output, and grad_weight if asked, by sparse kernels. The last rewrite of a linear: its GEMMs are gone."""
     gemm, node = linear.output.gemm, _input(linear).node
-    sizes = node.meta["val"].shape
+    sizes, features = node.meta["val"].shape, linear.shape[2]
     source, gate = (node, None) if activation is None else (activation.source, activation.gate)
     name = "none" if activation is None else activation.name
 
     def rows_of(tensor: Node) -> Node:
         shape = tensor.meta["val"].shape
-        if len(shape) == 2 and shape[1] == sizes[-1]:  # an activation may be viewed with other features
+        # An activation may be viewed with other features, or those of dynamic sizes be an expression.
+        if len(shape) == 2 and isinstance(shape[1], int) and shape[1] == features:
             return tensor
-        return edit.call_before(gemm, aten.reshape.default, (tensor, [-1, sizes[-1]]))
+        return edit.call_before(gemm, aten.reshape.default, (tensor, [-1, features]))
 
     key = ("packed input", source, gate, mask, name)
     both = edit.once(
@@ -143,7 +144,7 @@ def rewrite_input_sparse(
             edit,
             linear.grad_weight,
             lambda grad_output, before: edit.call_before(
-                before, sparse_ops.input_grad_weight.default, (packed_t, grad_output, sizes[-1]), kwargs
+                before, sparse_ops.input_grad_weight.default, (packed_t, grad_output, features), kwargs
             ),
         )
     edit.erase_dead(node)

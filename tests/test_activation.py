@@ -234,6 +234,34 @@ def test_dynamic_rank_3(inner: str) -> None:
     compare_inputs(Mlp(), both(MASKED), leaf(2, 5, 8), leaf(3, 7, 8), inner=inner, dynamic=True)
 
 
+HALVES = {"gated": lambda x: x.chunk(2, -1)[0] * x.chunk(2, -1)[1].sin(), "every second": lambda x: x[..., ::2]}
+
+
+class Half(nn.Module):
+    """A linear of half of the features."""
+
+    def __init__(self, half: str, dim: int = 8) -> None:
+        super().__init__()
+        self.half, self.fc = HALVES[half], nn.Linear(dim, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.half(x)).sin()
+
+
+@INNERS
+@pytest.mark.parametrize("half", HALVES)
+def test_features_of_dynamic_sizes(half: str, inner: str) -> None:
+    """In the graph their number is no int, and may be an expression; the weight knows it."""
+    compare_inputs(Half(half), {"fc": ACT}, leaf(5, 16), leaf(7, 16), inner=inner, dynamic=True)
+    compare_inputs(Half(half), {"fc": MASKED}, leaf(2, 5, 16), leaf(3, 7, 16), inner=inner, dynamic=True)
+    packed = sp.ActivationSparsity(backend="cusparselt")
+    x, y = (torch.randn(rows, 128).bfloat16().requires_grad_() for rows in (5, 7))
+    compare_inputs(
+        Half(half, 64).bfloat16(), {"fc": packed}, x, y, inner=inner, dynamic=True,
+        kernel="reference", tolerance=TOLERANCE[torch.bfloat16],
+    )  # fmt: skip
+
+
 @INNERS
 @pytest.mark.parametrize("scheme", [ACT, MASKED], ids=str)
 def test_checkpointed(scheme: sp.ActivationSparsity, inner: str) -> None:
