@@ -29,7 +29,7 @@ from . import input_ops as _input_ops  # noqa: F401  (registers torch.ops.sparse
 from . import ops as _ops  # noqa: F401
 from .editor import Editor
 from .fusion import Activation, activation_of
-from .gemms import Input, Linear, aten, bias_of, input_of, is_flip, made_by, trace
+from .gemms import Input, Linear, aten, bias_of, input_of, is_flip, is_move, made_by, trace
 from .gradient import multiply_sparse
 
 sparse_ops = torch.ops.sparse_pass
@@ -78,9 +78,9 @@ def rewrite_input(edit: Editor, linear: Linear, mask: str, *, grad_weight: bool)
         lambda: edit.call_before(gemm, aten.where.self, (made, input.node, edit.zero(input.node, gemm, like=gemm))),
     )
     if grad_weight:
-        for reader, at, chain in list(_reads(linear, input.node)):
+        for reader, at, read, chain in list(_reads(linear, input.node)):
             old = reader.args[at]
-            reader.update_arg(at, edit.replay(chain, input.node, kept, reader))
+            reader.update_arg(at, edit.replay(chain, read, kept, reader))
             edit.erase_unused(old)
     operand = gemm.args[input.place]
     gemm.update_arg(input.place, edit.replay(input.chain, input.node, kept, gemm))
@@ -96,7 +96,7 @@ def fused_activation(linear: Linear, *, grad_weight: bool) -> Activation | None:
     input = _input(linear).node
     if grad_weight:
         # Through views and a transpose of their own.
-        readers |= {one for reader, _, chain in _reads(linear, input) for one in (reader, *chain)}
+        readers |= {one for reader, _, _, chain in _reads(linear, input) for one in (reader, *chain)}
     return activation_of(input, frozenset(readers))
 
 
@@ -105,15 +105,16 @@ def rewrite_input_sparse(
 ) -> None:
     """Compute output, and grad_weight if asked, by sparse kernels. The last rewrite of a linear: its GEMMs are gone."""
     gemm, node = linear.output.gemm, _input(linear).node
-    sizes = node.meta["val"].shape
+    sizes, features = node.meta["val"].shape, linear.shape[2]
     source, gate = (node, None) if activation is None else (activation.source, activation.gate)
     name = "none" if activation is None else activation.name
 
     def rows_of(tensor: Node) -> Node:
         shape = tensor.meta["val"].shape
-        if len(shape) == 2 and shape[1] == sizes[-1]:  # an activation may be viewed with other features
+        # An activation may be viewed with other features, or those of dynamic sizes be an expression.
+        if len(shape) == 2 and isinstance(shape[1], int) and shape[1] == features:
             return tensor
-        return edit.call_before(gemm, aten.reshape.default, (tensor, [-1, sizes[-1]]))
+        return edit.call_before(gemm, aten.reshape.default, (tensor, [-1, features]))
 
     key = ("packed input", source, gate, mask, name)
     both = edit.once(
@@ -143,7 +144,7 @@ def rewrite_input_sparse(
             edit,
             linear.grad_weight,
             lambda grad_output, before: edit.call_before(
-                before, sparse_ops.input_grad_weight.default, (packed_t, grad_output, sizes[-1]), kwargs
+                before, sparse_ops.input_grad_weight.default, (packed_t, grad_output, features), kwargs
             ),
         )
     edit.erase_dead(node)
@@ -170,8 +171,11 @@ def _mask(edit: Editor, input: Input, mask: str, before: Node) -> Node:
     return edit.once(("input mask", input.node, mask, input.k_last), make)
 
 
-def _reads(linear: Linear, input: Node) -> Iterator[tuple[Node, int, tuple[Node, ...]]]:
-    """Where the GEMM of grad_weight reads the input: itself, which operand, and the moves from the input to there."""
+def _reads(linear: Linear, input: Node) -> Iterator[tuple[Node, int, Node, tuple[Node, ...]]]:
+    """Where the GEMM of grad_weight reads the input: itself, which operand, the input, and the moves from it to there.
+
+    The input, or what is the same: after an op in place each that reads it makes views anew.
+    """
     # Or there is nothing to rewrite, or `why_dense_grad_weight` has said why not.
     assert linear.grad_operand is not None
     gemm = made_by(linear.grad_operand)
@@ -179,10 +183,18 @@ def _reads(linear: Linear, input: Node) -> Iterator[tuple[Node, int, tuple[Node,
         if not isinstance(operand, Node):
             continue
         root, chain = trace(operand)
-        if root is input:
-            yield gemm, at, chain
-        elif input in chain:
-            yield gemm, at, chain[chain.index(input) + 1 :]
+        for place, node in enumerate((root, *chain)):
+            if _is_same(node, input):
+                yield gemm, at, node, chain[place:]
+                break
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two nodes are one, or the same moves of one."""
+    if one is other or not isinstance(one, Node) or not isinstance(other, Node):
+        return one is other
+    alike = is_move(one) and one.target == other.target and one.kwargs == other.kwargs
+    return alike and one.args[1:] == other.args[1:] and _is_same(one.args[0], other.args[0])
 
 
 def _gradient_of(input: Input, gemm: Node) -> tuple[Node, bool] | None:

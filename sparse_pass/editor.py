@@ -115,6 +115,10 @@ class Editor:
         """Give all that reads a gradient the one that is zero where the mask is False."""
         users, after = list(gradient.users), gradient.next
         zero = self.zero(gradient, after, like=gradient)
+        # The features of an input of dynamic sizes may be an expression: the result would have it, and not the number.
+        sizes = [size if isinstance(size, int) else -1 for size in gradient.meta["val"].shape]
+        if any(isinstance(b, torch.SymInt) and a != -1 for a, b in zip(sizes, mask.meta["val"].shape, strict=True)):
+            mask = self.call_before(after, aten.expand.default, (mask, sizes), like=gradient)
         mask = self.laid_out(mask, gradient, after, like=gradient)
         kept = self.call_before(after, aten.where.self, (mask, gradient, zero), like=gradient)
         for user in users:
@@ -152,7 +156,6 @@ class Editor:
             node = source
 
     def clean(self) -> None:
-        """Erase what the rewrites left without users, of what is outdated and of what was made once."""
+        """Erase what the rewrites left without users, of what is outdated and of what was made once, all its calls."""
         for node in reversed(list(dict.fromkeys([*self.outdated, *self.made.values()]))):
-            if not node.users and not node._erased:
-                self.graph.erase_node(node)
+            self.erase_dead(node)

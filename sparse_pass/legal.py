@@ -85,7 +85,7 @@ def _why_input_skipped(linear: Linear) -> str | None:
     if input is None:
         return "the graph has no input of the matmul"
     value = input.node.meta["val"]
-    k = value.shape[-1 if input.k_last else -2]
+    k = linear.shape[2]  # of the weight: that of an input of dynamic sizes may be an expression
     if not isinstance(k, int) or k % TILE or k == 0:
         return f"the input has {k} features: 2:4 needs a multiple of {TILE}; leave the layer dense (map it to None)"
     if not value.is_floating_point() or value.element_size() < 2:

@@ -525,9 +525,10 @@ def check_invariants(graph: Graph | GraphModule, before: GraphFacts | None = Non
     """Assert that a rewritten graph is sound.
 
     It passes lint; its dead nodes were dead before; each node that is new or reads a new one computes what its
-    ``meta["val"]`` says (shape, stride, dtype, device). With ``before``, placeholders and the outputs' number,
-    shapes, dtypes and devices are as they were, and each new node bears the metadata (module stack, seq_nr,
-    partitioner and recompute tags) of one old node; without it, all nodes count as new.
+    ``meta["val"]`` says (shape, dtype, device, and the strides that say where an element lies: that of a dim of size 1
+    does not). With ``before``, placeholders and the outputs' number, shapes, dtypes and devices are as they were, and
+    each new node bears the metadata (module stack, seq_nr, partitioner and recompute tags) of one old node; without
+    it, all nodes count as new.
     """
     graph = graph.graph if isinstance(graph, GraphModule) else graph
     graph.lint()
@@ -606,7 +607,13 @@ def _difference(now: Any, then: Any, *, strides: bool) -> str:
         return "" if type(now) is type(then) else f"{now} against {then}"
     if (now.dtype, now.device, now.dim()) != (then.dtype, then.device, then.dim()):
         return f"{now} against {then}"
-    sizes = [*now.shape, *(now.stride() if strides else ())]
-    others = [*then.shape, *(then.stride() if strides else ())]
+    sizes = [*now.shape, *(_strides(now) if strides else ())]
+    others = [*then.shape, *(_strides(then) if strides else ())]
     same = all(statically_known_true(a == b) for a, b in zip(sizes, others, strict=True))
     return "" if same else f"{now.shape}, {now.stride()} against {then.shape}, {then.stride()}"
+
+
+def _strides(value: Tensor) -> list[Any]:
+    """Those of dims larger than 1. Of one row a pointwise op makes a contiguous row, whatever strides it had."""
+    pairs = zip(value.shape, value.stride(), strict=True)
+    return [0 if statically_known_true(size == 1) else stride for size, stride in pairs]

@@ -234,6 +234,34 @@ def test_dynamic_rank_3(inner: str) -> None:
     compare_inputs(Mlp(), both(MASKED), leaf(2, 5, 8), leaf(3, 7, 8), inner=inner, dynamic=True)
 
 
+HALVES = {"gated": lambda x: x.chunk(2, -1)[0] * x.chunk(2, -1)[1].sin(), "every second": lambda x: x[..., ::2]}
+
+
+class Half(nn.Module):
+    """A linear of half of the features."""
+
+    def __init__(self, half: str, dim: int = 8) -> None:
+        super().__init__()
+        self.half, self.fc = HALVES[half], nn.Linear(dim, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.half(x)).sin()
+
+
+@INNERS
+@pytest.mark.parametrize("half", HALVES)
+def test_features_of_dynamic_sizes(half: str, inner: str) -> None:
+    """In the graph their number is no int, and may be an expression; the weight knows it."""
+    compare_inputs(Half(half), {"fc": ACT}, leaf(5, 16), leaf(7, 16), inner=inner, dynamic=True)
+    compare_inputs(Half(half), {"fc": MASKED}, leaf(2, 5, 16), leaf(3, 7, 16), inner=inner, dynamic=True)
+    packed = sp.ActivationSparsity(backend="cusparselt")
+    x, y = (torch.randn(rows, 128).bfloat16().requires_grad_() for rows in (5, 7))
+    compare_inputs(
+        Half(half, 64).bfloat16(), {"fc": packed}, x, y, inner=inner, dynamic=True,
+        kernel="reference", tolerance=TOLERANCE[torch.bfloat16],
+    )  # fmt: skip
+
+
 @INNERS
 @pytest.mark.parametrize("scheme", [ACT, MASKED], ids=str)
 def test_checkpointed(scheme: sp.ActivationSparsity, inner: str) -> None:
@@ -278,6 +306,26 @@ def test_strides(kind: str) -> None:
     compare_inputs(
         nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)), {"0": MASKED, "2": MASKED}, strided(kind)
     )
+
+
+def test_gradient_of_a_row_stored_as_a_column() -> None:
+    """Its gradient has the strides of a column, and once it is masked of a row: for what reads it they are the same."""
+    column = torch.randn(8, 1).t().requires_grad_()
+    compare_inputs(
+        nn.Sequential(nn.Linear(8, 12)), {"0": MASKED}, column,
+        context=lambda: torch.autocast("cpu", torch.bfloat16), tolerance=TOLERANCE[torch.bfloat16],
+    )  # fmt: skip
+
+
+@INNERS
+@pytest.mark.parametrize("columns", [False, True], ids=["stored by rows", "stored by columns"])
+def test_input_changed_in_place(columns: bool, inner: str) -> None:
+    """A vector is a view of the row that a matmul gives: forward and backward each make views of what it became."""
+    model = nn.Sequential(nn.Linear(8, 12, bias=False), nn.ReLU(inplace=True), nn.Linear(12, 8, bias=False))
+    if columns:
+        model[2].weight = nn.Parameter(model[2].weight.detach().T.contiguous().T)
+    report = compare_inputs(model, {"0": ACT, "2": ACT}, leaf(8), inner=inner)
+    assert {site.grad_weight for site in report.sites} == {"masked_dense"}
 
 
 @pytest.mark.parametrize("scheme", [MASKED, (sp.WeightSparsity(), MASKED)], ids=["input", "pair"])

@@ -6,8 +6,10 @@ Update the goldens with ``EXPECTTEST_ACCEPT=1 pytest tests/test_graphs.py``.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from graph_printer import capture, capture_all, printed
@@ -617,6 +619,17 @@ def test_dynamic_batch() -> None:
     assert isinstance(site.shape[0], str)
     assert site.shape[1:] == (128, 64)
     assert (site.output, site.grad_weight) == ("reference", "dense")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_invariants_know_strides(rows: int) -> None:
+    """Of one row those of rows and of columns are the same; of more they are not."""
+    captured = capture(Up(), [torch.randn(rows, 64, requires_grad=True)], {"up": sp.ActivationSparsity()})
+    captured.check_invariants()
+    (masked,) = [node for node in captured.after.graph.nodes if node.target is torch.ops.aten.where.self]
+    masked.meta["val"] = masked.meta["val"].new_empty_strided((rows, 64), (1, rows))
+    with nullcontext() if rows == 1 else pytest.raises(AssertionError, match=r"where.*against meta.*\(64, 1\) against"):
+        captured.check_invariants()
 
 
 def test_graph_break_gives_two_graphs() -> None:

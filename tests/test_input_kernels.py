@@ -553,6 +553,13 @@ def test_input_without_a_gradient() -> None:
     assert (site.output, site.grad_input, site.grad_weight) == ("reference", None, "reference")
 
 
+def test_mask_of_a_gradient_that_is_not_there() -> None:
+    """Nothing of it is left, neither the mask nor what brings it to the memory order of the input."""
+    columns = torch.randn(64, 70).bfloat16().t()
+    found = captured(nn.Sequential(nn.Linear(64, 128)), columns, {"0": replace(ACT, grad_input="masked")})
+    assert "input_mask24" not in found.text
+
+
 def test_inference() -> None:
     with torch.no_grad():
         (site,) = compare(Up().bfloat16(), {"up": ACT}, torch.randn(2, 35, 64).bfloat16(), backward=False).sites

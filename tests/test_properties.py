@@ -2,7 +2,7 @@
 
 A failing example is printed as a line of Python that runs it again. The environment sets how long and where::
 
-    SPARSE_PASS_EXAMPLES=5000   examples of each inner compiler (default: 500 by aot_eager, 8 by Inductor)
+    SPARSE_PASS_EXAMPLES=5000   examples of each inner compiler (default: 750 by aot_eager, 8 by Inductor)
     SPARSE_PASS_INNER=inductor  only this inner compiler
     SPARSE_PASS_SEED=1          other examples (default: 0); Hypothesis' own seed is not used
     SPARSE_PASS_DEVICE=cuda     where the networks live (default: cpu)
@@ -25,7 +25,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, assume, given, note, seed, settings
+from hypothesis import Phase, given, note, seed, settings
+from hypothesis import strategies as st
 from random_networks import (
     DTYPES,
     FUSED,
@@ -50,7 +51,7 @@ from sparse_pass.config import input_scheme, weight_scheme
 DEVICE = os.environ.get("SPARSE_PASS_DEVICE", "cpu")
 SEED = int(os.environ.get("SPARSE_PASS_SEED", "0"))
 INNERS = [os.environ["SPARSE_PASS_INNER"]] if "SPARSE_PASS_INNER" in os.environ else ["aot_eager", "inductor"]
-EXAMPLES = {"aot_eager": 500, "inductor": 8}
+EXAMPLES = {"aot_eager": 750, "inductor": 8}
 SHARDS = {"aot_eager": 4, "inductor": 2}
 
 KERNEL = "cusparselt" if DEVICE == "cuda" else "reference"
@@ -172,9 +173,16 @@ def _check_report(report: sp.Report, example: Example, network: Network, known: 
         if block.again:
             gradients["grad_input"].add(differentiable)
         uses[place.name] = (2 if block.layer.way == "halves" else 1) * (2 if block.again else 1)
+        product = block.layer.way == "einsum" and place.k == 1  # there is nothing to sum: torch makes no matmul of it
+        if product:
+            uses[place.name] = 1
         for site in report.sites:
             if site.fqn == place.name:
                 assert site.scheme == named.get(place.name), str(site)
+                if product:
+                    assert (site.status, site.output, site.shape[1:]) == ("skipped", None, (place.n, 1)), str(site)
+                    assert "no matmul of this weight was found" in site.reason, str(site)
+                    continue
                 _check_site(site, place, block.layer, gemm_dtype(example))
                 _check_fused(site, example, block, network.blocks[index - 1] if index else None)
                 for gemm, possible in gradients.items():
@@ -281,7 +289,7 @@ def shards() -> list[Any]:
 def test_networks(inner: str, shard: int) -> None:
     total = int(os.environ.get("SPARSE_PASS_EXAMPLES", EXAMPLES[inner]))
 
-    passed = set()
+    passed: set[Example] = set()
 
     @seed(SEED * 1000 + shard)
     @settings(
@@ -293,12 +301,21 @@ def test_networks(inner: str, shard: int) -> None:
     )
     @given(example=examples())
     def agrees(example: Example) -> None:
-        assume(example not in passed)  # Hypothesis repeats every third
+        check_once(example, inner, passed)
+
+    agrees()
+
+
+def check_once(example: Example, inner: str, passed: set[Example]) -> None:
+    """`check` what has not passed yet: of many examples Hypothesis repeats every third.
+
+    What passed ends the same again. With `assume` it would not, and while a failing example is shrunk what passed comes
+    again: "flaky" is all that would be reported.
+    """
+    if example not in passed:
         note(_reproduce(example, inner))
         check(example, inner)
         passed.add(example)
-
-    agrees()
 
 
 # The property itself: it fails where the pass would be wrong
@@ -343,7 +360,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("right", [PLAIN, INPUTS, DRAWN, PAIR], ids=["weights", "inputs", "drawn", "pair"])
+ONE_FEATURE = replace(PLAIN, layers=(Layer(width=5), Layer(width=8, before="but the first four", way="einsum")))
+
+
+@pytest.mark.parametrize(
+    "right", [PLAIN, INPUTS, DRAWN, PAIR, ONE_FEATURE], ids=["weights", "inputs", "drawn", "pair", "one feature"]
+)
 def test_the_reference_of_these_is_right(right: Example) -> None:
     check(right, "aot_eager")
 
@@ -354,3 +376,18 @@ def test_a_wrong_reference_is_noticed(wrong: str) -> None:
     for one in (example, replace(example, autocast="bfloat16")):
         with pytest.raises(AssertionError, match="relative errors"):
             check(one, "aot_eager", masked=masked)
+
+
+def test_what_passed_passes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Example] = []
+    monkeypatch.setitem(globals(), "check", lambda example, inner: checked.append(example))
+
+    @settings(max_examples=1, database=None)
+    @given(example=st.just(PLAIN))
+    def twice(example: Example) -> None:
+        passed: set[Example] = set()
+        check_once(example, "aot_eager", passed)
+        check_once(example, "aot_eager", passed)
+
+    twice()
+    assert checked == [PLAIN]
