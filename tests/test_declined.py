@@ -222,10 +222,11 @@ def marked_graph(model: nn.Module, name: str) -> Graph:
     return capture(model, [torch.randn(8, 64)], {name: W24}).before.graph
 
 
-def test_undescribed_outputs() -> None:
+@pytest.mark.parametrize("names", [None, Names(by_input={})], ids=["pass", "backend"])
+def test_undescribed_outputs(names: Names | None) -> None:
     graph = marked_graph(Mlp(), "down")
     del graph.output_node().meta["desc"]
-    (site,) = rewrite_graph(graph, parse_config({"down": W24})).sites
+    (site,) = rewrite_graph(graph, parse_config({"down": W24}), names).sites
     assert site.reason.endswith("grad_weight: the graph does not describe its outputs; left as captured")
     assert (site.output, site.grad_input) == ("masked_dense", "masked_dense")
 
@@ -259,4 +260,4 @@ def test_unplaced_grad_input_of_a_shared_weight() -> None:
     report = rewrite_graph(graph, parse_config({"w": W24}), Names(by_input={1: ("w",)}))
     reasons = "; ".join(site.reason for site in report.sites)
     assert "grad_input: a backward GEMM of the weight belongs to none of its calls; left dense" in reasons
-    assert [site.grad_input for site in report.sites] == [None, None]
+    assert [(site.grad_input, site.grad_weight) for site in report.sites] == [(None, "dense")] * 2
