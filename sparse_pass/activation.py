@@ -37,10 +37,10 @@ sparse_ops = torch.ops.sparse_pass
 
 def why_no_masked_gradient(linear: Linear) -> str | None:
     """Why the gradient of the input cannot be masked, or None if it can be, or if there is none."""
-    if linear.unplaced.startswith("grad_input"):
-        return linear.unplaced
-    input = input_of(linear.output)
-    if any(input is None or _gradient_of(input, use.gemm) is None for use in linear.grad_input):
+    if linear.unplaced_grad_input:
+        return linear.unplaced_grad_input
+    input = _input(linear)
+    if any(_gradient_of(input, use.gemm) is None for use in linear.grad_input):
         return "grad_input: not found in the layout of the input; left as captured"
     return None
 
@@ -50,10 +50,8 @@ def why_dense_grad_weight(linear: Linear) -> str | None:
     if not linear.has_gradient:
         return None
     if linear.grad_operand is None:
-        found = linear.unplaced if linear.unplaced.startswith("grad_weight") else ""
-        return found or "grad_weight: not found in the graph; left as captured"
-    input = input_of(linear.output)
-    if input is None or not any(True for _ in _reads(linear, input.node)):
+        return linear.unplaced_grad_weight
+    if not any(True for _ in _reads(linear, _input(linear).node)):
         return "grad_weight: the GEMM that reads the input was not found; left as captured"
     return None
 
@@ -152,7 +150,7 @@ def rewrite_input_sparse(
 
 def _input(linear: Linear) -> Input:
     input = input_of(linear.output)
-    assert input is not None
+    assert input is not None  # or `why_skipped` has said so
     return input
 
 

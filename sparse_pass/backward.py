@@ -105,20 +105,19 @@ def with_backward(
         numbered: the calls of the graph by sequence number, in graph order.
     """
     unplaced = "grad_input: a backward GEMM of the weight belongs to none of its calls; left dense" if lost else ""
-    linear = replace(linear, grad_input=tuple(grad_input), unplaced=unplaced)
+    linear = replace(linear, grad_input=tuple(grad_input), unplaced_grad_input=unplaced)
     if grad_outputs is None:
-        return replace(
-            linear, unplaced=unplaced or "grad_weight: the graph does not describe its outputs; left as captured"
-        )
+        reason = "grad_weight: the graph does not describe its outputs; left as captured"
+        return replace(linear, unplaced_grad_weight=reason)
     index = grad_outputs.get(unwrapped(linear.weight.meta.get("desc")))
     if index is None:
         if linear.weight.op == "call_function" and _reaches_gradient(linear.weight, grad_outputs):
             operand = _gradient_of_computed(linear, backward, numbered)
-            if operand is not None:
-                linear = replace(linear, grad_operand=operand, grad_weight=_grad_weight(operand, backward))
-            else:
-                unplaced = unplaced or "grad_weight: that of a weight which the graph computes; left as captured"
-        return replace(linear, unplaced=unplaced)
+            if operand is None:
+                reason = "grad_weight: that of a weight which the graph computes; left as captured"
+                return replace(linear, unplaced_grad_weight=reason)
+            return replace(linear, grad_operand=operand, grad_weight=_grad_weight(operand, backward))
+        return linear
     gradient: Node = linear.weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
     operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls}
     # An op under no_grad carries the number of the op before it: of calls with one number the first has the gradient.
@@ -128,14 +127,9 @@ def with_backward(
     if operand is None and any(found is not None for found in operands.values()):
         return linear  # a call without a gradient, beside one that has it
     if operand is None:
-        unplaced = unplaced or "grad_weight: not found in the graph; left as captured"
-    return replace(
-        linear,
-        grad_operand=operand,
-        grad_output=index,
-        grad_weight=None if operand is None else _grad_weight(operand, backward),
-        unplaced=unplaced,
-    )
+        reason = "grad_weight: not found in the graph; left as captured"
+        return replace(linear, grad_output=index, unplaced_grad_weight=reason)
+    return replace(linear, grad_operand=operand, grad_output=index, grad_weight=_grad_weight(operand, backward))
 
 
 def assign_reads(
@@ -226,7 +220,7 @@ def _reaches_gradient(computed: Node, grad_outputs: Mapping[Any, int]) -> bool:
         node = pending.pop()
         if node not in seen:
             seen.add(node)
-            if node.op == "placeholder" and unwrapped(node.meta.get("desc")) in grad_outputs:
+            if unwrapped(node.meta.get("desc")) in grad_outputs:
                 return True
             pending += node.all_input_nodes
     return False

@@ -106,16 +106,17 @@ class Linear:
     """Position of the weight's gradient among the outputs of the graph; None for that of a computed weight."""
     grad_weight: GradWeight | None = None
     """What made ``grad_operand``, where it is one matmul."""
-    unplaced: str = ""
-    """What of the backward was expected and not found."""
+    unplaced_grad_input: str = ""
+    """Why ``grad_input`` may lack a GEMM of the backward; empty if all were found."""
+    unplaced_grad_weight: str = ""
+    """Why there is no ``grad_operand`` although the weight has a gradient; empty if it was found or there is none."""
     ambiguous: str = ""
     """Why the name may not mean this weight."""
 
     @property
     def has_gradient(self) -> bool:
         """Whether the weight has a gradient that this call is part of, found or not."""
-        found = self.grad_output is not None or self.grad_operand is not None
-        return found or self.unplaced.startswith("grad_weight")
+        return self.grad_operand is not None or bool(self.unplaced_grad_weight)
 
 
 def weight_places(node: Node) -> tuple[tuple[int, Layout], ...]:

@@ -117,8 +117,7 @@ def why_dense_gradient(linear: Linear) -> str | None:
     if linear.grad_weight is not None:
         return None
     if linear.grad_operand is None:
-        found = linear.unplaced if linear.unplaced.startswith("grad_weight") else ""
-        return found or "grad_weight: not found in the graph; left as captured"
+        return linear.unplaced_grad_weight
     source = made_by(linear.grad_operand)
     return f"grad_weight: the graph has it as {source.target}, not as one matmul of grad_output and input; left dense"
 

@@ -71,8 +71,8 @@ def _why_refused(linear: Linear, pattern: Pattern, strict: bool) -> str | None:
     """Why a scheme would leave a gradient as it is that it has to change."""
     weight, input = weight_scheme(pattern.scheme), input_scheme(pattern.scheme)
     if weight is not None and (weight.grad_weight == "masked" or weight.decay):
-        if linear.unplaced.startswith("grad_weight"):
-            return linear.unplaced
+        if linear.unplaced_grad_weight:
+            return linear.unplaced_grad_weight
         if linear.has_gradient and linear.grad_output is None:
             return "grad_weight: that of a weight which the graph computes; left as captured"
     if input is not None and input.grad_input == "masked" and (reason := why_no_masked_gradient(linear)):
@@ -159,7 +159,7 @@ class Rewriting:
         kernels["grad_input"] = kernel_of(linear.grad_input)
         backward = {reason for use in linear.grad_input if (reason := reasons[use]) is not None}
         why += [f"grad_input: {reason}" for reason in sorted(backward)]
-        why += [linear.unplaced] if linear.unplaced else []
+        why += [reason for reason in (linear.unplaced_grad_input, linear.unplaced_grad_weight) if reason]
         self._edit.outdated += [node for use in uses for node in use.chain]
         self._weights.rewrite(linear, scheme, sparse, masked)
         return why
@@ -212,7 +212,7 @@ class Rewriting:
             rewrite_input(self._edit, linear, scheme.mask, grad_weight=grad_weight)
             return None
         activation = None
-        if scheme.grad_input == "dense" and (grad_weight or linear.grad_operand is None):
+        if grad_weight or linear.grad_operand is None:
             activation = fused_activation(linear, grad_weight=grad_weight)
         if activation is not None:
             kernels["fused"] = activation.name

@@ -682,7 +682,7 @@ ORIGINS = {
         "grad_weight: that of a weight which the graph computes; left as captured",
     ),
     "under no_grad, beside a matmul of the same input": (
-        lambda x, w, b: x @ b[:8, None].expand(8, 12) * w.sum() + _without_gradient(x, w),
+        lambda x, w, b: (x @ b[:8, None].expand(8, 12) + _without_gradient(x, w)) * w.sum(),
         "grad_weight: that of a weight which the graph computes; left as captured",
     ),
 }

@@ -79,3 +79,14 @@ def test_both_at_once(scheme: sp.WeightSparsity, rows: int) -> None:
     """With few rows the second kernel would be felt; the greedy mask takes long to choose."""
     torch.manual_seed(0)
     assert saved(Twice().bfloat16(), rows, scheme)[1] == 1
+
+
+def test_an_unknown_number_of_rows_is_not_asked_for() -> None:
+    """A comparison would be a guard: a graph for few rows and another one for many."""
+    model = nn.Sequential(nn.Tanh(), nn.Linear(64, 64)).bfloat16()
+    backend = sp.sparse_backend({"1": KERNELS}, model=model, inner="aot_eager")
+    with fresh_compile():
+        compiled = torch.compile(model, backend=backend, dynamic=True)
+        for rows in (8, MANY):
+            compiled(leaf(rows)).sum().backward()
+    assert [site.output for site in backend.report.sites] == ["reference"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -222,10 +223,11 @@ def marked_graph(model: nn.Module, name: str) -> Graph:
     return capture(model, [torch.randn(8, 64)], {name: W24}).before.graph
 
 
-def test_undescribed_outputs() -> None:
+@pytest.mark.parametrize("names", [None, Names(by_input={})], ids=["pass", "backend"])
+def test_undescribed_outputs(names: Names | None) -> None:
     graph = marked_graph(Mlp(), "down")
     del graph.output_node().meta["desc"]
-    (site,) = rewrite_graph(graph, parse_config({"down": W24})).sites
+    (site,) = rewrite_graph(graph, parse_config({"down": W24}), names).sites
     assert site.reason.endswith("grad_weight: the graph does not describe its outputs; left as captured")
     assert (site.output, site.grad_input) == ("masked_dense", "masked_dense")
 
@@ -251,12 +253,34 @@ def test_unplaced_grad_weight_of_a_shared_weight() -> None:
     assert site.reason.endswith("grad_weight: not found in the graph; left as captured")
 
 
-def test_unplaced_grad_input_of_a_shared_weight() -> None:
+def graph_without_numbers() -> Graph:
+    """Of a shared weight, whose backward nobody can tell apart."""
     graph = marked_graph(Apply(lambda x, w: (x @ w).sin() @ w, 64, 64), "w")
     for node in graph.nodes:
         if node.meta.get("partitioner_tag") == "is_backward":
             node.meta.pop("seq_nr", None)
-    report = rewrite_graph(graph, parse_config({"w": W24}), Names(by_input={1: ("w",)}))
-    reasons = "; ".join(site.reason for site in report.sites)
-    assert "grad_input: a backward GEMM of the weight belongs to none of its calls; left dense" in reasons
-    assert [site.grad_input for site in report.sites] == [None, None]
+    return graph
+
+
+UNPLACED = (
+    "grad_input: a backward GEMM of the weight belongs to none of its calls; left dense",
+    "grad_weight: not found in the graph; left as captured",
+)
+
+
+@pytest.mark.parametrize("grad_weight", ["dense", "mvue"])
+def test_unplaced_backward_of_a_shared_weight(grad_weight: Any) -> None:
+    scheme = sp.WeightSparsity(grad_weight=grad_weight)
+    report = rewrite_graph(graph_without_numbers(), parse_config({"w": scheme}), Names(by_input={1: ("w",)}))
+    assert {site.reason for site in report.sites} == {"; ".join(["no 2:4 kernels on cpu", *UNPLACED])}
+    assert [(site.grad_input, site.grad_weight) for site in report.sites] == [(None, "dense")] * 2
+
+
+@pytest.mark.parametrize("scheme", [sp.WeightSparsity(grad_weight="masked"), sp.WeightSparsity(decay=0.1)], ids=str)
+def test_unplaced_backward_is_an_error_where_it_matters(scheme: sp.WeightSparsity) -> None:
+    """Also where grad_input is lost too, which is told first and asks for nothing."""
+    graph = graph_without_numbers()
+    before = printed(graph)
+    with pytest.raises(ValueError, match=f"'w'.*changes grad_weight, but {UNPLACED[1]}"):
+        rewrite_graph(graph, parse_config({"w": scheme}), Names(by_input={1: ("w",)}))
+    assert printed(graph) == before

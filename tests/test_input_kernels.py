@@ -671,6 +671,11 @@ def test_not_fused(model: nn.Module, scheme: Any) -> None:
     assert "reference of" not in str(report)
 
 
+def test_not_fused_where_its_result_is_read_and_viewed() -> None:
+    (site,) = captured(Reading(returned=True), leaf(2, 35, 64), {"down": ACT}).report.sites
+    assert (site.output, site.fused) == ("reference", None)
+
+
 def test_not_fused_where_two_linears_read_it() -> None:
     class Two(Mlp):
         def __init__(self) -> None:

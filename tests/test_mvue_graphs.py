@@ -252,6 +252,36 @@ def test_with_decay(inner: str) -> None:
     check(Mlp(), {"up": scheme, "down": MVUE}, leaf(24, 16), inner=inner)
 
 
+def test_grad_output_that_another_linear_reads_too() -> None:
+    """Of what reads it afterwards only the gradient of the bias comes from the kernel."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(64, 128), nn.Linear(64, 128)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x.sin()) + self.other(x.cos())
+
+    x = leaf(70, 64, dtype=torch.bfloat16)
+    check(Sum().bfloat16(), {"other": KERNELS}, x, kernel="reference", dtype=torch.bfloat16)
+
+
+def test_bias_that_is_added_by_itself() -> None:
+    """Its gradient is summed before grad_output is packed."""
+
+    class Added(Up):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(128))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.bias
+
+    x = leaf(70, 64, dtype=torch.bfloat16)
+    check(Added().bfloat16(), {"up": KERNELS}, x, kernel="reference", dtype=torch.bfloat16)
+
+
 def test_frozen_weight() -> None:
     """There is no grad_weight, and nothing is drawn for it."""
     model = Mlp()
@@ -528,6 +558,15 @@ def test_strict_refuses(way: str) -> None:
     backend = sp.sparse_backend({"w": MVUE}, model=model, inner="aot_eager", strict=True)
     with pytest.raises(Exception, match=rf"'w'.*changes grad_weight, but {reason}"):
         torch.compile(model, backend=backend)(leaf(*size))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][-1]])
+def test_strict_asks_for_no_gradient_that_stays_dense(way: str) -> None:
+    multiply, shape, size, _ = WAYS[way]
+    model = By(multiply, *shape)
+    backend = sp.sparse_backend({"w": sp.WeightSparsity()}, model=model, inner="aot_eager", strict=True)
+    torch.compile(model, backend=backend)(leaf(*size))
+    assert [site.status for site in backend.report.sites] == ["masked_dense"]
 
 
 def test_undescribed_outputs() -> None:

@@ -592,6 +592,7 @@ def test_function_of_a_parameter_alone() -> None:
     weight = model.fc1.weight
     report = compiled_report(lambda x: nn.functional.linear(x, weight), (torch.randn(4, 8),), {"fc1": W24}, model=model)
     assert named(report) == {"fc1": "fc1"}
+    assert report.notes == ()
 
 
 def test_regional_compile_of_one_block() -> None:

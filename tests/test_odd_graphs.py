@@ -9,8 +9,11 @@ import pytest
 import torch
 from support import compare, run
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph
 
 import sparse_pass as sp
+from sparse_pass.editor import Editor
 
 W24 = sp.WeightSparsity()
 INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
@@ -133,7 +136,7 @@ def test_branches_stay_dense_and_are_reported(inner: str) -> None:
     assert all("cond" in site.reason for site in sites.values())
 
 
-def test_pass_alone_leaves_branches_dense() -> None:
+def test_pass_alone_leaves_branches_dense(caplog: pytest.LogCaptureFixture) -> None:
     """Without parameter names: the forward of a branch must not be masked when its backward is not."""
     model, x = Branches(), leaf(8, 16)
     sparse_pass = sp.SparsePass({"fc1": W24, "fc2": W24})
@@ -143,6 +146,9 @@ def test_pass_alone_leaves_branches_dense() -> None:
         actual = run(compiled, parameters, [x])
     torch.testing.assert_close(actual.outputs, run(model, parameters, [x]).outputs)
     assert sparse_pass.report.unmatched == ("fc1", "fc2")
+    note = "fc1, fc2: left dense inside a branch (torch.cond and the like)"
+    assert note in sparse_pass.report.notes
+    assert note in caplog.messages
     assert not any("no matmul of the graph carries a module name" in note for note in sparse_pass.report.notes)
 
 
@@ -181,3 +187,18 @@ def test_parts_that_share_a_weight(named: int) -> None:
         weight = masked if index == named else part[0].weight
         torch.testing.assert_close(output, nn.functional.linear(x, weight, part[0].bias))
     assert [site.fqn for site in backend.report.sites] == [f"{named}.0"]
+
+
+@pytest.mark.parametrize("dims", [(0, 1, 2), (0, 2, 1), (1, 2, 0), (2, 1, 0)], ids=str)
+def test_a_mask_takes_the_memory_order_of_its_values(dims: tuple[int, ...]) -> None:
+    """What reads the masked values was captured with their strides."""
+    graph, mode = Graph(), FakeTensorMode()
+    values, mask = graph.placeholder("values"), graph.placeholder("mask")
+    with mode:
+        values.meta["val"] = torch.empty(2, 3, 4).permute(dims)
+        mask.meta["val"] = torch.empty(values.meta["val"].shape, dtype=torch.bool)
+    output = graph.output(mask)
+    made = Editor(graph, mode).laid_out(mask, values, output, like=values)
+    assert made.meta["val"].shape == values.meta["val"].shape
+    assert made.meta["val"].stride() == values.meta["val"].stride()
+    assert (made is mask) == (dims == (0, 1, 2))

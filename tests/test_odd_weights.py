@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_printer import capture
+from graph_printer import capture, printed
 from support import TOLERANCE, OwnLinear, compare, errors, fresh_compile, relative_error, run, ste_reference
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -87,6 +87,13 @@ def test_no_linear(case: str) -> None:
 def test_readers_of_a_weight_without_linear_are_those_of_the_forward() -> None:
     (site,) = report_of(By(lambda x, w: w.t().sin() + x, 12, 8), leaf(8, 12)).sites
     assert site.reason == "no matmul of this weight was found: it is read by aten.sin.default"
+
+
+def test_weight_without_linear_that_is_left_dense() -> None:
+    """What is asked to stay dense needs no reason."""
+    captured = capture(By(lambda x, w: w.t().sin() + x, 12, 8), [leaf(8, 12)], {"w": None, "*": W24})
+    assert captured.report.sites == ()
+    assert captured.text == printed(captured.before.graph)
 
 
 def test_vector_times_a_matrix_that_is_no_weight() -> None:

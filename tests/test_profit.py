@@ -232,6 +232,17 @@ def test_without_tuning_nothing_is_asked(asked: Asked) -> None:
     assert asked.gemms == asked.operands == []
 
 
+def test_kernels_that_are_asked_for_need_not_pay(asked: Asked) -> None:
+    """Which is the fastest is another question."""
+    for scheme in (
+        sp.WeightSparsity(grad_weight="mvue", backend="cusparselt"),
+        sp.ActivationSparsity(backend="cusparselt"),
+    ):
+        assert asked.sites(scheme).sites[0].status == "sparse"
+        assert set(asked.tuned.values()) == {True}
+    assert asked.gemms == asked.operands == []
+
+
 def test_a_weight_of_float64_costs_nothing_that_is_known(asked: Asked) -> None:
     """That of a model in mixed precision; it is packed by the reference."""
     model = nn.Sequential(nn.Tanh(), InBfloat16(64, 128, dtype=torch.float64))
