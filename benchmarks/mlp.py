@@ -6,6 +6,8 @@ that only sparsifies both weights, and one that only clones them.
 
 from __future__ import annotations
 
+import itertools
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -134,22 +136,16 @@ def main() -> None:
     parser.add_argument("--no-naive", dest="naive", action="store_false", help="without the route by torch._cslt_*")
     parser.add_argument("--name", default="mlp", help="name of the result files")
     args = parser.parse_args()
-    rows = [
-        row
-        for dtype in args.dtypes
-        for mode in args.modes
-        for activation in args.activations
-        for shape in args.shapes
-        for row in measure(
-            SHAPES[shape], getattr(torch, dtype), mode, activation, args.variants, args.seconds, args.naive
-        )
-    ]
     about = (
         "MLP forward and backward, GPU microseconds a step (median), input needs its gradient; act24: the second layer."
     )
-    table = pd.DataFrame(rows).round(3)
-    save(table, args.name, args.out, about)
-    bars(table, ["M, dim, hidden", "dtype", "mode", "activation"], "variant", "speedup", args.name, args.out)
+    rows: list[dict[str, object]] = []
+    for dtype, mode, activation, shape in itertools.product(args.dtypes, args.modes, args.activations, args.shapes):
+        of = SHAPES[shape], getattr(torch, dtype), mode, activation
+        rows += measure(*of, args.variants, args.seconds, args.naive)
+        table = pd.DataFrame(rows).round(3)
+        save(table, args.name, args.out, about)  # after each: the last one may take long
+        bars(table, ["M, dim, hidden", "dtype", "mode", "activation"], "variant", "speedup", args.name, args.out)
 
 
 if __name__ == "__main__":
