@@ -104,8 +104,16 @@ def environment() -> dict[str, str]:
         "cuSPARSELt": ".".join(map(str, version())),
         "Python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "command": f"python {shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}",
+        "command": f"python {shlex.join([Path(sys.argv[0]).as_posix(), *_without_out(sys.argv[1:])])}",
     }
+
+
+def _without_out(words: list[str]) -> list[str]:
+    """Where the files went is of no use to a reader."""
+    if "--out" not in words:
+        return words
+    at = words.index("--out")
+    return words[:at] + words[at + 2 :]
 
 
 def save(table: pd.DataFrame, name: str, out: Path, about: str) -> None:
