@@ -276,11 +276,15 @@ def test_unplaced_backward_of_a_shared_weight(grad_weight: Any) -> None:
     assert [(site.grad_input, site.grad_weight) for site in report.sites] == [(None, "dense")] * 2
 
 
+@pytest.mark.parametrize("described", [True, False], ids=["outputs described", "outputs not described"])
 @pytest.mark.parametrize("scheme", [sp.WeightSparsity(grad_weight="masked"), sp.WeightSparsity(decay=0.1)], ids=str)
-def test_unplaced_backward_is_an_error_where_it_matters(scheme: sp.WeightSparsity) -> None:
+def test_unplaced_backward_is_an_error_where_it_matters(scheme: sp.WeightSparsity, described: bool) -> None:
     """Also where grad_input is lost too, which is told first and asks for nothing."""
     graph = graph_without_numbers()
+    if not described:
+        del graph.output_node().meta["desc"]
+    reason = UNPLACED[1] if described else "grad_weight: the graph does not describe its outputs; left as captured"
     before = printed(graph)
-    with pytest.raises(ValueError, match=f"'w'.*changes grad_weight, but {UNPLACED[1]}"):
+    with pytest.raises(ValueError, match=f"'w'.*changes grad_weight, but {reason}"):
         rewrite_graph(graph, parse_config({"w": scheme}), Names(by_input={1: ("w",)}))
     assert printed(graph) == before
