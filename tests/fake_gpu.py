@@ -124,11 +124,11 @@ class Clock:
         self.mode = ""
         self.capturing = False
         self.waits = 0
-        stream = SimpleNamespace(wait_stream=self._wait)
+        self.stream = stream = SimpleNamespace(wait_stream=self._wait)
 
         @contextmanager
-        def capture(graph: Any, capture_error_mode: str) -> Iterator[None]:
-            self.mode, self.capturing = capture_error_mode, True
+        def capture(graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            self.captured_on, self.mode, self.capturing = stream, capture_error_mode, True
             yield
             self.capturing = False
 

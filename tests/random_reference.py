@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from random_networks import Block, Network, Scheme
 from support import decay_of, mask_by_hand, ste_reference
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_pass as sp
 from sparse_pass import cuda_ops, reference_activation, reference_mvue
@@ -162,7 +163,7 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(x, w, kept, kept_x)
         ctx.scheme, ctx.match, ctx.name = scheme, match, name
         left, right = (x, _masked(w, kept).T) if kept_x is None else (_masked(x, kept_x), w.T)
-        # Rounded once, as by the graph: a relu of what is nearly zero can tell.
+        # Rounded once, as by the graph, see `_adds_at_once`.
         return left @ right if b is None else torch.addmm(b, left, right)
 
     @staticmethod
@@ -203,11 +204,34 @@ def _multiplied(x: Tensor, block: Block, scheme: Scheme, match: Match, name: str
     rows, halves = x.to(dtype).reshape(-1, x.shape[-1]), 2 if way == "halves" else 1
     weights = weight.chunk(halves)
     kepts = [None] * len(weights) if kept is None else kept.chunk(halves)
-    inside = fc.bias is not None and way in ("module", "F.linear", "Conv1D")
-    bias = fc.bias.to(dtype) if inside else None
-    parts = [Product.apply(rows, w, bias, k, scheme, match, name) for w, k in zip(weights, kepts, strict=True)]
+    added = fc.bias
+    own = added is not None and way in ("module", "F.linear", "Conv1D")
+    added = added.to(dtype) if own else added
+    at_once = own and (way == "Conv1D" or _adds_at_once(x.to(dtype), weight, added))
+    inside = added if at_once else None
+    parts = [Product.apply(rows, w, inside, k, scheme, match, name) for w, k in zip(weights, kepts, strict=True)]
     y = torch.cat(parts, -1).view(*x.shape[:-1], weight.shape[0])
-    return y if fc.bias is None or inside else y + fc.bias
+    return y if added is None or at_once else y + added
+
+
+class _Ops(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def _adds_at_once(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether torch makes an addmm of this linear, which rounds once, or a product and a sum: that of an input of many
+    dims or of odd strides. A relu of what is nearly zero can tell."""
+    with _Ops() as ops, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        F.linear(x, weight, bias)
+    return torch.ops.aten.addmm.default in ops.called
 
 
 def reference_of(network: Network, schemes: Mapping[str, Scheme], match: Match) -> Network:

@@ -614,6 +614,9 @@ def _difference(now: Any, then: Any, *, strides: bool) -> str:
 
 
 def _strides(value: Tensor) -> list[Any]:
-    """Those of dims larger than 1. Of one row a pointwise op makes a contiguous row, whatever strides it had."""
+    """Those of dims larger than 1, if there are elements. Of one row, or none, a pointwise op makes contiguous ones,
+    whatever strides they had."""
+    if any(statically_known_true(size == 0) for size in value.shape):
+        return []
     pairs = zip(value.shape, value.stride(), strict=True)
     return [0 if statically_known_true(size == 1) else stride for size, stride in pairs]

@@ -228,6 +228,7 @@ def test_time_of_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert replays == []
     assert launched == [False, True, True, True, True]
     assert clock.mode == "thread_local"  # other threads, as the one of autograd, may go on
+    assert clock.captured_on is clock.stream  # of the device that is current; by default it may be of another
     assert clock.waits == 2  # for what made the operands, and for the first launch
 
 

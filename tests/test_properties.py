@@ -361,11 +361,27 @@ WRONG = {
 
 
 ONE_FEATURE = replace(PLAIN, layers=(Layer(width=5), Layer(width=8, before="but the first four", way="einsum")))
-
-
-@pytest.mark.parametrize(
-    "right", [PLAIN, INPUTS, DRAWN, PAIR, ONE_FEATURE], ids=["weights", "inputs", "drawn", "pair", "one feature"]
+# Torch multiplies such an input first and then adds the bias: two roundings, and one element more survives the relu.
+ADDED_APART = Example(
+    layers=(Layer(width=124, before="unsqueeze", activation="relu"),),
+    config=(("blocks.*.fc", sp.WeightSparsity(grad_weight="mvue")),),
+    features=8,
+    batch=(8,),
+    layout="expanded features",
+    dtype="float16",
+    seed=2,
 )
+RIGHT = {
+    "weights": PLAIN,
+    "inputs": INPUTS,
+    "drawn": DRAWN,
+    "pair": PAIR,
+    "one feature": ONE_FEATURE,
+    "added apart": ADDED_APART,
+}
+
+
+@pytest.mark.parametrize("right", RIGHT.values(), ids=RIGHT)
 def test_the_reference_of_these_is_right(right: Example) -> None:
     check(right, "aot_eager")
 

@@ -147,7 +147,7 @@ def test_two_ranks(device_type, kind, tmp_path):
 @GPU
 @TWO
 def test_two_devices_in_one_process(tuning_folder):
-    backend = sp.sparse_backend(CONFIG, model=network())
+    backend = sp.sparse_backend(CONFIG)
     failures: list[BaseException] = []
 
     def train(index: int) -> None:

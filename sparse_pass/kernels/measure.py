@@ -175,7 +175,8 @@ def _time(launch: Callable[[], object]) -> float:
         launch()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # Without a stream it takes one of the device that was current at the first capture of the process.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for _ in range(_CALLS):
             launch()
     graph.replay()  # the first one is uploaded
