@@ -58,7 +58,7 @@ def rewrite_graph(
     found = find_linears(graph, parameters)
     chosen: list[tuple[Linear, Pattern]] = []
     matched: set[str] = set()
-    if names is not None and names.serves:
+    if names is not None:
         matched.update(pattern.text for pattern in patterns if any(pattern.names([name]) for name in names.serves))
     for linear in found.linears:
         matched.update(pattern.text for pattern in patterns if pattern.names(linear.names))

@@ -650,6 +650,7 @@ class Reading(Mlp):
         (Reading(returned=False), ACT),
         (Mlp(lambda h, _: F.relu(h)), ACT),  # whose backward reads its result
         (Mlp(lambda h, _: h.sigmoid()), ACT),
+        (Mlp(lambda h, _: F.silu(h) * 2.0), ACT),
         (Mlp(lambda h, gate: F.silu(h) * gate[:1], "linear"), ACT),
         (Mlp(lambda h, gate: F.silu(h[:1]) * gate, "linear"), ACT),
         (Mlp(lambda h, gate: F.silu(h) * gate[:, :1], "linear"), ACT),
@@ -658,7 +659,8 @@ class Reading(Mlp):
         (Mlp(squared_relu), (MVUE, ACT)),  # grad_weight reads it dense
     ],
     ids=[
-        "returned", "read", "relu", "sigmoid", "gate broadcast", "source broadcast", "gate of one column", "float32",
+        "returned", "read", "relu", "sigmoid", "number for a gate", "gate broadcast",
+        "source broadcast", "gate of one column", "float32",
         "masked gradient", "mvue",
     ],
 )  # fmt: skip

@@ -267,6 +267,16 @@ def test_grad_output_that_another_linear_reads_too() -> None:
     check(Sum().bfloat16(), {"other": KERNELS}, x, kernel="reference", dtype=torch.bfloat16)
 
 
+def test_grad_output_that_is_summed_over_features_too() -> None:
+    class Broadcast(Up):
+        def forward(self, x: Tensor) -> Tensor:
+            column = x[:, :1].expand(-1, 128)
+            return super().forward(x) + column
+
+    x = leaf(70, 64, dtype=torch.bfloat16)
+    check(Broadcast().bfloat16(), {"up": KERNELS}, x, kernel="reference", dtype=torch.bfloat16)
+
+
 def test_bias_that_is_added_by_itself() -> None:
     """Its gradient is summed before grad_output is packed."""
 
