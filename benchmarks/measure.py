@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import itertools
 import platform
 import shlex
@@ -72,14 +73,15 @@ def captured(step: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph
         step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(calls):
             step()
     return graph
 
 
 def peak_gib(step: Callable[[], object]) -> float:
-    """Peak memory that torch's allocator holds in one call of ``step``, GiB."""
+    """Peak memory that torch's allocator holds in one call of ``step``, GiB; all that is held before is in it."""
+    gc.collect()  # graphs of earlier models are in cycles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     step()
@@ -133,7 +135,10 @@ def bars(
     told = [column for column in groups if table[column].nunique() > 1] or list(groups)
     label = table[told].astype(str).agg(" | ".join, axis=1).rename("")
     kinds_of = table[kinds] if kinds else value
-    wide = table.assign(label=label, kinds=kinds_of).pivot_table(value, "label", "kinds", sort=False)
+    table = table.assign(label=label, kinds=kinds_of)
+    wide = table.pivot(index="label", columns="kinds", values=value).loc[
+        label.unique(), kinds_of.unique() if kinds else [value]
+    ]
     height = 1.2 + 0.18 * wide.size + 0.15 * len(wide)
     axes = wide.iloc[::-1].plot.barh(figsize=(9, height), width=0.8, legend=False)
     if kinds is not None:

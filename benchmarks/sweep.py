@@ -58,7 +58,7 @@ def measure(k: int, n: int, rows: int, dtype: torch.dtype, seconds: float) -> di
         "N": n,
         "M": rows,
         **{f"{name} us": time for name, time in times.items()},
-        "naive _cslt us": naive_us,
+        "naive _cslt us, eager": naive_us,
         "S(W) us": parts[0].sparse_us,
         "memory": peaks["sparse"] / peaks["dense"],
         "chosen": chosen,

@@ -58,6 +58,8 @@ def why_dense_grad_weight(linear: Linear) -> str | None:
 
 def mask_grad_input(edit: Editor, linear: Linear, mask: str) -> None:
     """Mask the gradient of the input, before anything else of the linear is rewritten."""
+    if not linear.grad_input:
+        return  # and no mask, which would read the input and leave no activation to fuse
     gemm, input = linear.output.gemm, _input(linear)
     made = _mask(edit, input, mask, gemm)
     for use in linear.grad_input:
@@ -109,7 +111,7 @@ def rewrite_input_sparse(
 
     def rows_of(tensor: Node) -> Node:
         shape = tensor.meta["val"].shape
-        # An activation may be viewed with other features, or those of dynamic sizes be an expression.
+        # An activation may be viewed with other features; with dynamic sizes their number may be a symbol.
         if len(shape) == 2 and isinstance(shape[1], int) and shape[1] == features:
             return tensor
         return edit.call_before(gemm, aten.reshape.default, (tensor, [-1, features]))

@@ -191,8 +191,8 @@ def _product(form: Form, packed: Tensor, dense: Tensor, rows: int, tuned: bool) 
 
 
 def _padded_rows(matrix: Tensor) -> Tensor:
-    """With rows of zeros up to a multiple of 64, for the forms whose K is padded: they meet zeros that are not stored,
-    any number would do but NaN."""
+    """With rows of zeros up to whole tiles, for the forms whose K is padded. They meet zeros that are not stored: any
+    number but NaN would do."""
     rows, cols = matrix.shape
     if rows % 64 == 0:
         return matrix

@@ -115,7 +115,8 @@ class Editor:
         """Give all that reads a gradient the one that is zero where the mask is False."""
         users, after = list(gradient.users), gradient.next
         zero = self.zero(gradient, after, like=gradient)
-        # The features of an input of dynamic sizes may be an expression: the result would have it, and not the number.
+        # With dynamic sizes a size of the mask may be a symbol where that of the gradient is an int, as what reads it
+        # was captured with: of the two `where` would give its result the symbol.
         sizes = [size if isinstance(size, int) else -1 for size in gradient.meta["val"].shape]
         if any(isinstance(b, torch.SymInt) and a != -1 for a, b in zip(sizes, mask.meta["val"].shape, strict=True)):
             mask = self.call_before(after, aten.expand.default, (mask, sizes), like=gradient)

@@ -37,8 +37,8 @@ _REFERENCES = {
     "input_linear_into": "sparse_pass.reference_activation",
     "input_grad_weight_into": "sparse_pass.reference_activation",
 }
-_LINEAR_ROWS = 8
-"""`linear` takes a multiple of as many rows."""
+_MULTIPLE = 8
+"""What the library takes multiples of, of rows in `linear` and of the features of a dense operand elsewhere."""
 _TILE_ROWS = reference.TILE
 """What the kernels that pack rows, or contract over them, pad rows to."""
 
@@ -87,13 +87,19 @@ def _up_to(rows: Any, multiple: int) -> Any:
 
 
 def _padded(x: Any, rows: Any) -> Any:
-    """With rows of zeros up to so many. By Inductor: one kernel, or a part of the one that makes x."""
+    """With rows of zeros up to so many, made once for all that read it. By Inductor: one kernel, or a part of the one
+    that makes x."""
     missing = rows - x.get_size()[0]
-    return x if missing == 0 else lowerings[aten.constant_pad_nd.default](x, [0, 0, 0, int(missing)], 0.0)
+    if missing == 0:
+        return x
+    made = vars(V.graph).setdefault("sparse_pass_padded", {})
+    if (id(x), rows) not in made:  # with x, so that its id stays its own
+        made[id(x), rows] = lowerings[aten.constant_pad_nd.default](x, [0, 0, 0, int(missing)], 0.0), x
+    return made[id(x), rows][0]
 
 
 def _first(x: Any, rows: Any) -> Any:
-    """The first so many rows, in place."""
+    """The first so many rows: a view, so that an output of the graph keeps the memory of whole tiles."""
     return x if rows == x.get_size()[0] else lowerings[aten.slice.Tensor](x, 0, 0, rows)
 
 
@@ -138,7 +144,7 @@ def _making(kernel: str, layouts: Sequence[Any], inputs: Any, constants: Any = (
 def _lower_linear(input: Any, packed: Any, bias: Any, out_features: Any, *, tuned: bool = False) -> Any:
     rows = input.get_size()[0]
     kernel = _kernel("linear_into", input.get_device(), input.get_dtype())
-    padded = _up_to(rows, _LINEAR_ROWS)
+    padded = _up_to(rows, _MULTIPLE)
     if kernel is None or padded is None:
         return _call_op(_sparse_ops.linear.default, input, packed, bias, out_features, tuned=tuned)
     operands = _padded(input, padded), packed, bias
@@ -191,7 +197,7 @@ def _lower_grad_weight(packed: Any, input: Any, out_features: Any, *, tuned: boo
     rows, cols = input.get_size()
     kernel = _kernel("grad_weight_into", input.get_device(), input.get_dtype())
     padded = _up_to(rows, _TILE_ROWS)
-    if kernel is None or padded is None or not _is_multiple(cols, _LINEAR_ROWS):
+    if kernel is None or padded is None or not _is_multiple(cols, _MULTIPLE):
         return _call_op(_sparse_ops.grad_weight.default, packed, input, out_features, tuned=tuned)
     return _into(kernel, input, [out_features, cols], (packed, _padded(input, padded)), tuned=tuned)
 
@@ -212,7 +218,7 @@ def _lower_input_linear(packed: Any, weight: Any, rows: Any, *, tuned: bool = Fa
     out_features = weight.get_size()[0]
     kernel = _kernel("input_linear_into", weight.get_device(), weight.get_dtype())
     padded = _up_to(rows, _TILE_ROWS)
-    if kernel is None or padded is None or not _is_multiple(out_features, _LINEAR_ROWS):
+    if kernel is None or padded is None or not _is_multiple(out_features, _MULTIPLE):
         return _call_op(_sparse_ops.input_linear.default, packed, weight, rows, tuned=tuned)
     return _first(_into(kernel, weight, [padded, out_features], (packed, weight), tuned=tuned), rows)
 
@@ -221,7 +227,7 @@ def _lower_input_grad_weight(packed_t: Any, grad_output: Any, in_features: Any, 
     rows, out_features = grad_output.get_size()
     kernel = _kernel("input_grad_weight_into", grad_output.get_device(), grad_output.get_dtype())
     padded = _up_to(rows, _TILE_ROWS)
-    if kernel is None or padded is None or not _is_multiple(out_features, _LINEAR_ROWS):
+    if kernel is None or padded is None or not _is_multiple(out_features, _MULTIPLE):
         return _call_op(_sparse_ops.input_grad_weight.default, packed_t, grad_output, in_features, tuned=tuned)
     operands = packed_t, _padded(grad_output, padded)
     return _into(kernel, grad_output, [out_features, in_features], operands, tuned=tuned)

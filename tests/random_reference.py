@@ -82,7 +82,8 @@ class Seen:
         self.inputs.append(made.detach().clone().reshape(-1, x.shape[-1]))
 
     def _grad(self, grad: Tensor, seed: Tensor) -> None:
-        self.grads.append((grad.detach().clone(), seed.clone()))
+        if grad.numel():
+            self.grads.append((grad.detach().clone(), seed.clone()))
 
 
 class Match:
@@ -115,7 +116,9 @@ class Match:
         return self.seen.inputs[at]
 
     def grad(self, grad: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
-        """What was seen of a grad_output, and the seed; None if it stayed dense."""
+        """What was seen of a grad_output, and the seed; None if it stayed dense, or is empty: those are all alike."""
+        if grad.numel() == 0:
+            return None
         if self.like is not None:
             at = self.like.grads[len(self.grads)]
         else:

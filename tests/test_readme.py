@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,43 @@ def test_ci_runs_the_test_command() -> None:
     assert install_and_test in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/api.md", "docs/trust.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+)
 def test_relative_links(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_figures_are_those_of_the_files() -> None:
+    """Of the table of speed: each row of three figures is a row of one of the files that are linked beside it."""
+    (speed,) = re.findall(r"<!-- speed table: begin -->(.*)<!-- speed table: end -->", README, re.DOTALL)
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) ms \| ([\d.]+) ms \| \**([\d.]+)x", speed, re.MULTILINE)
+    assert len(rows) > 15
+    measured = []
+    for target in re.findall(r"\]\((benchmarks/results/\w+)\.md\)", speed):
+        with (ROOT / f"{target}.csv").open() as file:
+            head, *lines = csv.reader(file)
+        of_file = [{_milliseconds(name, cell) for name, cell in zip(head, line, strict=True)} for line in lines]
+        if "end_to_end" in target:  # where dense is a row of its own
+            of_file = [one | two for one in of_file for two in of_file]
+        measured += of_file
+    for what, *figures in rows:
+        found = any(all(_rounded(figure, of) for figure in figures) for of in measured)
+        assert found, f"{what}: {figures} is in none of the files"
+
+
+def _milliseconds(head: str, cell: str) -> float:
+    try:
+        return float(cell) / (1000 if head.split()[-1] == "us" else 1)
+    except ValueError:
+        return float("nan")
+
+
+def _rounded(figure: str, values: set[float]) -> bool:
+    digits = len(figure.partition(".")[2])
+    return any(abs(value - float(figure)) <= 0.5001 * 10**-digits for value in values)
 
 
 def test_api_page_lists_every_public_name() -> None:
