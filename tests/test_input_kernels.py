@@ -628,7 +628,12 @@ def test_fused_where_nothing_is_trained() -> None:
     assert (site.fused, site.grad_weight) == ("squared_relu", None)
     with torch.no_grad():
         report = compare(Mlp(lambda h, _: F.relu(h)).bfloat16(), {"down": ACT}, x.detach(), backward=False)
-    assert report.sites[0].fused == "relu"
+        assert report.sites[0].fused == "relu"
+        # No gradient, no mask of it that would read the result.
+        masked = {"down": replace(ACT, grad_input="masked")}
+        assert (
+            compare(Mlp(squared_relu).bfloat16(), masked, x.detach(), backward=False).sites[0].fused == "squared_relu"
+        )
 
 
 class Reading(Mlp):

@@ -105,6 +105,27 @@ def test_rows_that_must_be_padded(model: nn.Module) -> None:
     assert calls(model, leaf(1, 64)) == (DIRECT, {})
 
 
+class Heads(nn.Module):
+    """Three linears of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 128) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) * self.k(x) + self.v(x)
+
+
+def test_rows_are_padded_once_for_all_readers() -> None:
+    model = Heads().bfloat16()
+    config = dict.fromkeys("qkv", KERNELS)
+    with fresh_compile(), torch.no_grad():
+        compiled = torch.compile(model, backend=sp.sparse_backend(config))
+        _, (code,) = run_and_get_code(lambda: compiled(torch.randn(13, 64, dtype=torch.bfloat16)))
+    assert code.count("linear_into(") == 3
+    assert code.count("empty_strided_cpu((16, 64)") == 1
+
+
 def test_rows_of_unknown_number_go_through_the_op(model: nn.Module) -> None:
     assert calls(model, leaf(16, 64), dynamic=True) == ({"sparsify": 2}, {"linear": 4})
 
