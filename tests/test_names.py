@@ -16,6 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import sparse_pass as sp
 from sparse_pass.config import WeightSparsity
 from sparse_pass.fqn import choose, from_source, nearest, normalize, parse_config
+from sparse_pass.recompiles import why_last
 
 W24 = sp.WeightSparsity()
 GREEDY = sp.WeightSparsity(mask="greedy")
@@ -732,6 +733,11 @@ def test_the_last_graph_where_it_does_no_harm(
         for rows in (4, 5):
             compiled(torch.randn(rows, 8))
     assert backend.report.notes == ()
+
+
+def test_no_graph_is_the_last_where_dynamo_makes_none() -> None:
+    """A backend that is called by hand."""
+    assert why_last() == ""
 
 
 # Linears that no graph holds

@@ -126,8 +126,13 @@ def rank(device_type: str, kind: str) -> None:
     print("gradients agree", flush=True)
 
 
-@pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=[GPU, TWO])])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-blocks"])
+CASES = [  # parts compiled one by one are in test_distributed.py, too, by one rank
+    *(("cpu", kind) for kind in ("ddp", "fsdp2")),
+    *(pytest.param("cuda", kind, marks=[GPU, TWO]) for kind in ("ddp", "fsdp2", "fsdp2-blocks")),
+]
+
+
+@pytest.mark.parametrize(("device_type", "kind"), CASES)
 def test_two_ranks(device_type: str, kind: str, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, __file__, device_type, kind]
