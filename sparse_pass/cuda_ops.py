@@ -193,13 +193,8 @@ def _product(form: Form, packed: Tensor, dense: Tensor, rows: int, tuned: bool) 
 def _padded_rows(matrix: Tensor) -> Tensor:
     """With rows of zeros up to whole tiles, for the forms whose K is padded. They meet zeros that are not stored: any
     number but NaN would do."""
-    rows, cols = matrix.shape
-    if rows % 64 == 0:
-        return matrix
-    padded = matrix.new_empty(rows + -rows % 64, cols)
-    padded[:rows].copy_(matrix)
-    padded[rows:].zero_()
-    return padded
+    missing = -matrix.shape[0] % reference.TILE
+    return F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def _up_to(rows: Any, multiple: int) -> Any:
     if _is_multiple(rows, multiple):
         return rows
     is_number = isinstance(rows, int) or rows.is_Integer
-    return -(-int(rows) // multiple) * multiple if is_number and rows > 0 else None
+    return reference.padded(int(rows), multiple) if is_number and rows > 0 else None
 
 
 def _padded(x: Any, rows: Any) -> Any:

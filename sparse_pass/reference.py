@@ -163,9 +163,9 @@ def _greedy(lines: Tensor) -> Tensor:
     return kept
 
 
-def padded(rows: int) -> int:
-    """Rows rounded up to whole tiles."""
-    return (rows + TILE - 1) // TILE * TILE
+def padded(rows: int, multiple: int = TILE) -> int:
+    """Rows rounded up, to whole tiles by default."""
+    return (rows + multiple - 1) // multiple * multiple
 
 
 def packed_numel(rows: int, cols: int) -> int:

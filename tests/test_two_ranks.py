@@ -19,48 +19,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import relative_error
+from test_distributed import NAMED, Stack  # skips, as it does, where there is no gloo
 from torch import Tensor, nn
 
 import sparse_pass as sp
 from sparse_pass.backend import SparseBackend
 
-if not dist.is_available() or not dist.is_gloo_available():
-    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
-
 GPU = pytest.mark.gpu
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
-DIM, ROWS, BLOCKS = 256, 192, 3
+DIM, ROWS = 256, 192
 W24 = sp.WeightSparsity(backend="cusparselt")
 CONFIG = {"blocks.*.fc1": W24, "blocks.1.fc2": W24}
-NAMED = ["blocks.0.fc1", "blocks.1.fc1", "blocks.1.fc2", "blocks.2.fc1"]
 TOLERANCE = 3e-2  # bfloat16, three blocks deep, against float32
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(DIM, 2 * DIM)
-        self.fc2 = nn.Linear(2 * DIM, DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(torch.relu(self.fc1(x)))
-
-
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 def network() -> Stack:
     torch.manual_seed(0)
-    return Stack().to(torch.bfloat16)
+    return Stack(DIM).to(torch.bfloat16)
 
 
 def gradients(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
