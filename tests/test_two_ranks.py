@@ -31,7 +31,9 @@ TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA d
 DIM, ROWS = 256, 192
 W24 = sp.WeightSparsity(backend="cusparselt")
 CONFIG = {"blocks.*.fc1": W24, "blocks.1.fc2": W24}
-TOLERANCE = 3e-2  # bfloat16, three blocks deep, against float32
+# bfloat16, three blocks deep, against float32. Of six seeds dense matmuls with the masked weights came to 3e-2 to 4e-2,
+# with the weights as they are to 0.85, and to 0.35 in the gradient that feels it least.
+TOLERANCE = 0.1
 
 
 def network() -> Stack:
