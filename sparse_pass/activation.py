@@ -163,9 +163,12 @@ def _mask(edit: Editor, input: Input, mask: str, before: Node) -> Node:
         if input.k_last:
             made = edit.call_before(before, sparse_ops.input_mask24.default, (input.node, mask))
         else:
-            turned = edit.call_before(before, aten.transpose.int, (input.node, -1, -2))
+            # Not by transpose: Inductor lowers what its decompositions leave in a graph, and permute is left.
+            *batch, k, last = range(input.node.meta["val"].dim())
+            flip = [*batch, last, k]
+            turned = edit.call_before(before, aten.permute.default, (input.node, flip))
             made = edit.call_before(before, sparse_ops.input_mask24.default, (turned, mask))
-            made = edit.call_before(before, aten.transpose.int, (made, -1, -2))
+            made = edit.call_before(before, aten.permute.default, (made, flip))
         return edit.laid_out(made, input.node, before, like=before)
 
     return edit.once(("input mask", input.node, mask, input.k_last), make)

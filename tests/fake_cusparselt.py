@@ -179,3 +179,4 @@ def install(monkeypatch: pytest.MonkeyPatch, library: FakeCusparselt) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor says
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")

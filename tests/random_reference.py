@@ -76,6 +76,8 @@ class Seen:
         return call
 
     def _input(self, x: Tensor, *rest: Any) -> None:
+        if x.numel() == 0:
+            return
         gate, activation = (rest[0], rest[2]) if len(rest) == 3 else (None, "none")
         sources = [x] if gate is None else [x, gate]
         made = x if activation == "none" else FUSED[activation](*(one.float() for one in sources)).to(x.dtype)
@@ -105,7 +107,9 @@ class Match:
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def input(self, x: Tensor) -> Tensor:
-        """What was seen of an input."""
+        """What was seen of an input; itself if it is empty, of which Inductor computes nothing."""
+        if x.numel() == 0:
+            return x
         if self.like is not None:
             at: int | None = self.like.inputs[len(self.inputs)]
         else:

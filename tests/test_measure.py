@@ -153,6 +153,21 @@ def test_what_was_measured_is_known(
     assert files == [f"Fake_GPU_1_-cusparselt0.8.0-torch{torch.__version__}.json"]
 
 
+@pytest.mark.parametrize("off", ["environment", "pluggable"])
+def test_nothing_is_measured_without_torchs_own_allocator(
+    off: str, times: dict[int | str, float], library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph capture would fail in the middle; what is known already is taken."""
+    known = measure.timing_of(problem(), measure=True)
+    if off == "environment":
+        monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    else:
+        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "pluggable")
+    with pytest.raises(RuntimeError, match="which want torch's own caching allocator"):
+        measure.timing_of(problem(bias=True), measure=True)
+    assert measure.timing_of(problem(), measure=True) == known
+
+
 def test_another_process_measured_meanwhile(
     times: dict[int | str, float], library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,9 @@ def preparation_of(
 def _measured(
     file: Path, name: str, device: int, about: str, race: Callable[[], Timing], candidates: tuple[int, ...]
 ) -> Timing:
+    if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ or torch.cuda.get_allocator_backend() == "pluggable":
+        # A capture that fails leaves torch's random numbers and its allocator in the state of a capture.
+        raise RuntimeError("kernels are timed in CUDA graphs, which want torch's own caching allocator")
     with _MEASURING, timings.one_process_at_a_time(file):
         found = timings.known(file).get(name)
         if found is None or found.algorithm not in candidates:
