@@ -93,16 +93,14 @@ class Editor:
         The first operand of ``where`` decides the strides of its result, and what reads the result was
         captured with those of ``value``: a ``view`` of other strides fails or makes a tensor of other strides.
         """
-        strides = value.meta["val"].stride()
-        if all(statically_known_true(a == b) for a, b in zip(mask.meta["val"].stride(), strides, strict=True)):
+        sizes, order = value.meta["val"].shape, _memory_order(value.meta["val"])
+        dense, numel = {}, 1
+        for dim in reversed(order):
+            dense[dim], numel = numel, numel * sizes[dim]
+        strides, larger = mask.meta["val"].stride(), (dim for dim in order if not _is_one(sizes[dim]))
+        if all(statically_known_true(strides[dim] == dense[dim]) for dim in larger):
             return mask
-
-        def compared(one: int, other: int) -> int:  # strides may be symbols
-            a, b = strides[one], strides[other]
-            return int(statically_known_true(a < b)) - int(statically_known_true(a > b))
-
-        order = sorted(range(len(strides)), key=functools.cmp_to_key(compared))
-        inverse = [order.index(dim) for dim in range(len(strides))]
+        inverse = [order.index(dim) for dim in range(len(order))]
         for target, args, kwargs in (
             (aten.permute.default, (order,), {}),
             (aten.clone.default, (), {"memory_format": torch.contiguous_format}),
@@ -160,3 +158,27 @@ class Editor:
         """Erase what the rewrites left without users, of what is outdated and of what was made once, all its calls."""
         for node in reversed(list(dict.fromkeys([*self.outdated, *self.made.values()]))):
             self.erase_dead(node)
+
+
+def _memory_order(value: torch.Tensor) -> list[int]:
+    """Its dims, the outermost in memory first; as they are for one that is expanded.
+
+    Of what is expanded no view was captured that a contiguous one has not. Dims of one come first, where Inductor has
+    them too: of what a graph with sizes that are symbols saves for its backward, torch takes strides that are others
+    than those of the captured graph to be fixed.
+    """
+    sizes, strides = value.shape, value.stride()
+    ones = [dim for dim, size in enumerate(sizes) if _is_one(size)]
+    others = [dim for dim in range(value.dim()) if dim not in ones]
+    if any(statically_known_true(strides[dim] == 0) for dim in others):
+        return list(range(value.dim()))
+
+    def compared(one: int, other: int) -> int:  # strides may be symbols
+        a, b = strides[one], strides[other]
+        return int(statically_known_true(a < b)) - int(statically_known_true(a > b))
+
+    return ones + sorted(others, key=functools.cmp_to_key(compared))
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return statically_known_true(size == 1)

@@ -107,7 +107,7 @@ class Match:
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def input(self, x: Tensor) -> Tensor:
-        """What was seen of an input; itself if it is empty, of which Inductor computes nothing."""
+        """What was seen of an input, which Inductor may have in float32; itself if it is empty: nothing is computed."""
         if x.numel() == 0:
             return x
         if self.like is not None:
@@ -116,7 +116,7 @@ class Match:
             at = _nearest(x, dict(enumerate(self.seen.inputs)))
         assert at is not None, f"no input {list(x.shape)} was masked"
         self.inputs.append(at)
-        self.pairs.append((self.seen.inputs[at], x.detach()))
+        self.pairs.append((self.seen.inputs[at].to(x.dtype), x.detach()))
         return self.seen.inputs[at]
 
     def grad(self, grad: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
@@ -134,7 +134,7 @@ class Match:
         self.drawn[name].add(at is not None)
         if at is None:
             return None
-        self.pairs.append((self.seen.grads[at][0], grad))
+        self.pairs.append((self.seen.grads[at][0].to(grad.dtype), grad))
         return self.seen.grads[at]
 
     def check_all_taken(self, tolerance: float) -> None:

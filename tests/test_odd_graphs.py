@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
-from support import compare, run
+from support import TOLERANCE, compare, errors, mask_by_hand, run
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
@@ -202,3 +203,53 @@ def test_a_mask_takes_the_memory_order_of_its_values(dims: tuple[int, ...]) -> N
     assert made.meta["val"].shape == values.meta["val"].shape
     assert made.meta["val"].stride() == values.meta["val"].stride()
     assert (made is mask) == (dims == (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "strides"),
+    [
+        (torch.empty(1, 1, 4).expand(1, 3, 4), None),
+        (torch.empty(4, 1).T.expand(3, 4), None),
+        (torch.empty(3, 1).expand(3, 4), None),
+        (torch.empty(4, 1, 3).permute(1, 2, 0), (12, 1, 3)),
+        (torch.empty(3, 1, 4).transpose(0, 1), None),
+        (torch.empty(3, 8)[:, ::2], None),
+    ],
+    ids=["expanded", "expanded columns", "expanded features", "one and columns", "one", "every second"],
+)
+def test_a_mask_of_values_that_are_not_dense(values: torch.Tensor, strides: tuple[int, ...] | None) -> None:
+    """Expanded ones get a contiguous mask, and a dim of one is the outermost. strides: None where nothing is to do."""
+    graph, mode = Graph(), FakeTensorMode()
+    of, mask = graph.placeholder("values"), graph.placeholder("mask")
+    with mode:
+        of.meta["val"] = torch.empty_strided(values.shape, values.stride())
+        mask.meta["val"] = torch.empty(values.shape, dtype=torch.bool)
+    made = Editor(graph, mode).laid_out(mask, of, graph.output(mask), like=of)
+    assert made.meta["val"].stride() == (strides or mask.meta["val"].stride())
+    assert (made is mask) == (strides is None)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "columns"])
+def test_masked_inputs_of_another_batch(layout: str) -> None:
+    """With sizes that are symbols: the masked input is saved for the backward, which reads it in the order it has."""
+
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bk,nk->bn", x, self.fc.weight)
+
+    model = Einsum()
+    backend = sp.sparse_backend({"fc": sp.ActivationSparsity(grad_input="masked")}, model=model)
+    call = torch.compile(model, backend=backend, dynamic=True)
+    for rows in (2, 4, 7):
+        x = torch.randn(1, 64).expand(rows, 64) if layout == "expanded" else torch.randn(64, rows).T
+        kept = mask_by_hand(x, "optimal")
+        reference = copy.deepcopy(model)
+        actual = run(call, {"weight": model.fc.weight}, [x.requires_grad_()])
+        expected = run(lambda x, m=reference, k=kept: m(torch.where(k, x, 0)), {"weight": reference.fc.weight}, [x])
+        found = errors(actual, expected)
+        assert max(found.values()) < TOLERANCE[torch.float32], found
+    assert {site.output for site in backend.report.sites} == {"masked_dense"}
