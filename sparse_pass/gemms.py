@@ -149,12 +149,21 @@ def input_of(use: Use) -> Input | None:
     product = gemm.target is aten.mul.Tensor
     right = not product and place > other
     if right or operand.meta["val"].dim() == 1:
-        return Input(operand, other, (), True)
+        narrow = _narrow(operand) if product else None
+        return Input(narrow, other, (operand,), True) if narrow else Input(operand, other, (), True)
     # Of a product and a sum, what became a column is the input.
     source = operand.args[0] if product and is_move(operand) else None
     if isinstance(source, Node) and source.meta["val"].shape[-1] == operand.meta["val"].shape[-2]:
         return Input(source, other, (operand,), True)
     return Input(operand, other, (), False)
+
+
+def _narrow(node: Node) -> Node | None:
+    """What a node casts from 16 bits to float32, or None: a product's gradient reads what was cast."""
+    source = node.args[0] if is_move(node) else None
+    if not isinstance(source, Node) or node.meta["val"].dtype != torch.float32:
+        return None
+    return source if source.meta["val"].dtype in (torch.float16, torch.bfloat16) else None
 
 
 def bias_of(gemm: Node) -> object:

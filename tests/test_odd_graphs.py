@@ -253,3 +253,30 @@ def test_masked_inputs_of_another_batch(layout: str) -> None:
         found = errors(actual, expected)
         assert max(found.values()) < TOLERANCE[torch.float32], found
     assert {site.output for site in backend.report.sites} == {"masked_dense"}
+
+
+@pytest.mark.parametrize("grad_input", ["dense", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_vector_that_is_multiplied_from_the_left(dtype: torch.dtype, grad_input: str) -> None:
+    """Inductor makes a product of float32 and a sum of it, and the gradient of the weight from the vector as it is."""
+
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 32, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc.weight @ x
+
+    model, x = Left().to(dtype), torch.randn(64, dtype=dtype, requires_grad=True)
+    scheme = sp.ActivationSparsity(mask="rowwise", grad_input=grad_input)
+    backend = sp.sparse_backend({"fc": scheme}, model=model)
+    kept, weight = mask_by_hand(x, "rowwise"), {"weight": model.fc.weight}
+    actual = run(torch.compile(model, backend=backend), weight, [x])
+    expected = run(lambda x: model(torch.where(kept, x, 0)), weight, [x])
+    if grad_input == "dense":
+        expected.gradients["input 0"] = run(model, weight, [x]).gradients["input 0"]
+    found = errors(actual, expected)
+    assert max(found.values()) < TOLERANCE[dtype], found
+    (site,) = backend.report.sites
+    assert (site.status, site.grad_weight) == ("masked_dense", "masked_dense")
