@@ -12,7 +12,7 @@ from support import assert_same_packed, bits, split_packed
 from torch import Tensor
 
 from sparse_pass import reference, reference_activation, reference_mvue
-from sparse_pass.kernels import mvue, sparsify
+from sparse_pass.kernels import memory, mvue, sparsify
 
 INF, NAN = float("inf"), float("nan")
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
@@ -116,7 +116,7 @@ def check_inputs() -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     with (
-        mock.patch.object(sparsify, "_empty_strided_cuda", on_the_cpu),
+        mock.patch.object(memory, "_empty_strided_cuda", on_the_cpu),
         mock.patch.object(mvue, "_empty_strided_cuda", on_the_cpu),
     ):
         check_weights()

@@ -17,7 +17,7 @@ from support import TOLERANCE, relative_error
 from torch import Tensor
 
 from sparse_pass import cuda_ops, reference
-from sparse_pass.kernels import cusparselt, recent, timings
+from sparse_pass.kernels import cusparselt, memory, recent, timings
 from sparse_pass.kernels.problem import B_TRANSPOSED, D_TRANSPOSED, FORMS, Form, Problem
 from sparse_pass.kernels.timings import Timing
 
@@ -92,6 +92,36 @@ def test_plans_are_limited_in_number(library: FakeCusparselt, monkeypatch: pytes
     gc.collect()
     assert len(cusparselt._PLANS) == 2
     assert library.calls["MatmulPlanDestroy"] == 2
+
+
+@pytest.mark.parametrize("cols", [64, 128, 192, 256, 512])
+def test_memory_past_the_end_of_a_packed_matrix(
+    library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch, cols: int
+) -> None:
+    """The library may read it where the last tile is not whole: it belongs to the matrix, of whatever origin."""
+    monkeypatch.setattr(memory, "_empty_strided_cuda", cusparselt._empty_strided_cuda)
+    weight, x = torch.randn(N, cols).bfloat16(), torch.randn(M, cols).bfloat16()
+    exact = reference.sparsify(weight, "optimal", torch.bfloat16)[0]
+    roomy = memory.empty_packed(N, cols).view(torch.bfloat16).copy_(exact)
+    assert roomy.shape == exact.shape
+    seen = []
+
+    def matmul(handle: int, plan: int, alpha: int, packed: int, *rest: object) -> int:
+        seen.append(packed)
+        return 0
+
+    monkeypatch.setattr(library, "Matmul", matmul, raising=False)
+    for packed in (exact, roomy, memory.with_room(exact)):
+        cusparselt.linear(x, packed, None, N)
+    copied = cols % 256 != 0
+    assert (seen[0] != exact.data_ptr()) == copied
+    assert seen[1] == roomy.data_ptr()
+    if copied:
+        behind = roomy.untyped_storage().nbytes() - roomy.nbytes
+        assert behind == memory.with_room(exact).untyped_storage().nbytes() - exact.nbytes == memory.ROOM
+        assert torch.equal(memory.with_room(exact), exact)
+        assert memory.with_room(roomy[8:]).data_ptr() == roomy[8:].data_ptr()
+        assert memory.with_room(roomy) is roomy
 
 
 # What fails

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
 from .cusparselt_library import ALIGNMENT, call, check, function, new_struct, version
+from .memory import reads_past_end, with_room
 from .problem import B_TRANSPOSED, D_TRANSPOSED, Form, Problem, algorithms
 from .recent import remember
 
@@ -58,6 +59,7 @@ class Plan:
         self.problem = problem
         self.output_shape = problem.output_shape
         self.algorithm = algorithm
+        self._reads_past_end = reads_past_end(problem.k)
         self._lock = threading.Lock()
         self._matmul, self._set_attribute = function("Matmul"), function("MatmulDescSetAttribute")
         self._handle = _handle(problem.device)[1]
@@ -111,6 +113,8 @@ class Plan:
     def __call__(self, dense: Tensor, packed: Tensor, bias: Tensor | None, output: Tensor | None = None) -> Tensor:
         """Launch on the current stream; B, A and bias as in `product`. Returns D, in ``output`` if there is one."""
         problem = self.problem
+        if self._reads_past_end:
+            packed = with_room(packed)
         if output is None:
             output = _empty_strided_cuda(self.output_shape, (self.output_shape[1], 1), problem.dtype)
         dense_address, packed_address, output_address = dense.data_ptr(), packed.data_ptr(), output.data_ptr()

@@ -21,6 +21,7 @@ from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-def
 
 from . import layout, tiles
 from .launch import launch
+from .memory import empty_packed
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -188,7 +189,7 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
     """
     rows, cols = grad.shape
     blocks = triton.cdiv(rows, 64)
-    packed: Tensor = _empty_strided_cuda((cols * blocks * 18,), (1,), torch.int32)
+    packed = empty_packed(cols, 64 * blocks)
     _launch(grad, seed, packed, None, (cols // 64, blocks), True, rows % 64 != 0)
     return packed.view(grad.dtype)
 
@@ -197,7 +198,7 @@ def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     """The same, and the sums of grad over 64 rows each, float32 [Mp / 64, N]."""
     rows, cols = grad.shape
     blocks = triton.cdiv(rows, 64)
-    packed: Tensor = _empty_strided_cuda((cols * blocks * 18,), (1,), torch.int32)
+    packed = empty_packed(cols, 64 * blocks)
     sums: Tensor = _empty_strided_cuda((blocks, cols), (cols, 1), torch.float32)
     _launch(grad, seed, packed, sums, (cols // 64, blocks), True, rows % 64 != 0)
     return packed.view(grad.dtype), sums

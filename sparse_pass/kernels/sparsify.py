@@ -19,11 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# As Inductor's code calls it: half the host time of torch.empty.
-from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
-
 from . import activations, layout, masks, tiles
 from .launch import launch
+from .memory import empty_packed
 
 # Two tiles a thread: 96 registers, no spills, five programs on an SM.
 _WARPS = 4
@@ -140,14 +138,14 @@ def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     dtype: float16 or bfloat16, of the packed values; the mask is chosen on `weight` as stored.
     """
     # Two allocations: a backward that keeps packed_t must not keep packed with it.
-    packed, packed_t = _empty(weight), _empty(weight)
+    packed, packed_t = _empty(weight, False), _empty(weight, True)
     _launch(weight, None, "none", mask, dtype, packed, packed_t)
     return packed.view(dtype), packed_t.view(dtype)
 
 
 def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype) -> Tensor:
     """Pack S(W), or S(W)^T, alone."""
-    packed = _empty(weight)
+    packed = _empty(weight, transposed)
     _launch(weight, None, "none", mask, dtype, *((None, packed) if transposed else (packed, None)))
     return packed.view(dtype)
 
@@ -158,15 +156,14 @@ def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: st
     input: [M, K] float16 or bfloat16, M > 0, K a multiple of 64, any strides, on the current device. gate: the same, or
     None if the activation has none.
     """
-    packed, packed_t = _empty(input), _empty(input)
+    packed, packed_t = _empty(input, False), _empty(input, True)
     _launch(input, gate, activation, mask, input.dtype, packed, packed_t)
     return packed.view(input.dtype), packed_t.view(input.dtype)
 
 
-def _empty(source: Tensor) -> Tensor:
-    rows, cols = source.shape
-    packed: Tensor = _empty_strided_cuda((triton.cdiv(rows, 64) * cols * 18,), (1,), torch.int32)
-    return packed
+def _empty(source: Tensor, transposed: bool) -> Tensor:
+    rows, cols = triton.cdiv(source.shape[0], 64) * 64, source.shape[1]
+    return empty_packed(cols, rows) if transposed else empty_packed(rows, cols)
 
 
 def _launch(
