@@ -24,6 +24,7 @@ from collections.abc import Iterator
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import input_ops as _input_ops  # noqa: F401  (registers torch.ops.sparse_pass)
 from . import ops as _ops  # noqa: F401
@@ -211,9 +212,15 @@ def _gradient_of(input: Input, gemm: Node) -> tuple[Node, bool] | None:
     node, seq = gemm, gemm.meta.get("seq_nr")
     while True:
         following = [user for user in node.users if user.meta.get("seq_nr") == seq]
-        found = node.meta["val"].shape in shapes
+        found = any(_is_shape(node, shape) for shape in shapes)
         only = following[0] if following and len(node.users) == 1 else None
         if only is None or (found and (seq is None or not is_flip(only))):
             break
         node = only
-    return (node, node.meta["val"].shape != shapes[0]) if found else None
+    return (node, not _is_shape(node, shapes[0])) if found else None
+
+
+def _is_shape(node: Node, shape: torch.Size) -> bool:
+    """Whether a node has this shape, as far as is known without a guard."""
+    own = node.meta["val"].shape
+    return len(own) == len(shape) and all(statically_known_true(a == b) for a, b in zip(own, shape, strict=True))

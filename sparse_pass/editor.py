@@ -97,8 +97,8 @@ class Editor:
         dense, numel = {}, 1
         for dim in reversed(order):
             dense[dim], numel = numel, numel * sizes[dim]
-        strides, larger = mask.meta["val"].stride(), (dim for dim in order if not _is_one(sizes[dim]))
-        if all(statically_known_true(strides[dim] == dense[dim]) for dim in larger):
+        strides = mask.meta["val"].stride()
+        if all(_is_one(sizes[dim]) or statically_known_true(strides[dim] == dense[dim]) for dim in order):
             return mask
         inverse = [order.index(dim) for dim in range(len(order))]
         for target, args, kwargs in (
@@ -163,21 +163,19 @@ class Editor:
 def _memory_order(value: torch.Tensor) -> list[int]:
     """Its dims, the outermost in memory first; as they are for one that is expanded.
 
-    Of what is expanded no view was captured that a contiguous one has not. Dims of one come first, where Inductor has
-    them too: of what a graph with sizes that are symbols saves for its backward, torch takes strides that are others
-    than those of the captured graph to be fixed.
+    An expanded one has no order of its own, and Inductor would choose another than this sorts: what it saves for the
+    backward of a graph with sizes that are symbols must have the strides of the captured graph, or torch takes them to
+    be fixed.
     """
     sizes, strides = value.shape, value.stride()
-    ones = [dim for dim, size in enumerate(sizes) if _is_one(size)]
-    others = [dim for dim in range(value.dim()) if dim not in ones]
-    if any(statically_known_true(strides[dim] == 0) for dim in others):
+    if any(statically_known_true(strides[dim] == 0) and not _is_one(size) for dim, size in enumerate(sizes)):
         return list(range(value.dim()))
 
     def compared(one: int, other: int) -> int:  # strides may be symbols
         a, b = strides[one], strides[other]
         return int(statically_known_true(a < b)) - int(statically_known_true(a > b))
 
-    return ones + sorted(others, key=functools.cmp_to_key(compared))
+    return sorted(range(value.dim()), key=functools.cmp_to_key(compared))
 
 
 def _is_one(size: int | torch.SymInt) -> bool:

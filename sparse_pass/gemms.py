@@ -150,7 +150,7 @@ def input_of(use: Use) -> Input | None:
     right = not product and place > other
     if right or operand.meta["val"].dim() == 1:
         narrow = _narrow(operand) if product else None
-        return Input(narrow, other, (operand,), True) if narrow else Input(operand, other, (), True)
+        return Input(narrow or operand, other, (operand,) if narrow else (), True)
     # Of a product and a sum, what became a column is the input.
     source = operand.args[0] if product and is_move(operand) else None
     if isinstance(source, Node) and source.meta["val"].shape[-1] == operand.meta["val"].shape[-2]:
@@ -159,7 +159,7 @@ def input_of(use: Use) -> Input | None:
 
 
 def _narrow(node: Node) -> Node | None:
-    """What a node casts from 16 bits to float32, or None: a product's gradient reads what was cast."""
+    """The 16-bit tensor that a node is in float32, or None: the gradient of the weight reads that, and not the cast."""
     source = node.args[0] if is_move(node) else None
     if not isinstance(source, Node) or node.meta["val"].dtype != torch.float32:
         return None

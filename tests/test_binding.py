@@ -122,6 +122,8 @@ def test_memory_past_the_end_of_a_packed_matrix(
         assert torch.equal(memory.with_room(exact), exact)
         assert memory.with_room(roomy[8:]).data_ptr() == roomy[8:].data_ptr()
         assert memory.with_room(roomy) is roomy
+        tail = torch.zeros(exact.numel() + memory.ROOM // 2, dtype=torch.bfloat16)[memory.ROOM // 2 :]
+        assert memory.with_room(tail).data_ptr() != tail.data_ptr()
 
 
 # What fails

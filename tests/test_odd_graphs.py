@@ -205,20 +205,23 @@ def test_a_mask_takes_the_memory_order_of_its_values(dims: tuple[int, ...]) -> N
     assert (made is mask) == (dims == (0, 1, 2))
 
 
-@pytest.mark.parametrize(
-    ("values", "strides"),
-    [
-        (torch.empty(1, 1, 4).expand(1, 3, 4), None),
-        (torch.empty(4, 1).T.expand(3, 4), None),
-        (torch.empty(3, 1).expand(3, 4), None),
-        (torch.empty(4, 1, 3).permute(1, 2, 0), (12, 1, 3)),
-        (torch.empty(3, 1, 4).transpose(0, 1), None),
-        (torch.empty(3, 8)[:, ::2], None),
-    ],
-    ids=["expanded", "expanded columns", "expanded features", "one and columns", "one", "every second"],
-)
+NOT_DENSE: dict[str, tuple[torch.Tensor, tuple[int, ...] | None]] = {
+    "expanded": (torch.empty(1, 1, 4).expand(1, 3, 4), None),
+    "expanded columns": (torch.empty(4, 1).T.expand(3, 4), None),
+    "expanded features": (torch.empty(3, 1).expand(3, 4), None),
+    "one and columns": (torch.empty(4, 1, 3).permute(1, 2, 0), (12, 1, 3)),
+    "one of any stride": (torch.empty_strided((1, 3, 4), (1, 4, 1)), None),
+    "one of no stride": (torch.empty_strided((1, 3, 4), (0, 1, 3)), (1, 1, 3)),
+    "every second": (torch.empty(3, 8)[:, ::2], None),
+}
+
+
+@pytest.mark.parametrize(("values", "strides"), NOT_DENSE.values(), ids=NOT_DENSE)
 def test_a_mask_of_values_that_are_not_dense(values: torch.Tensor, strides: tuple[int, ...] | None) -> None:
-    """Expanded ones get a contiguous mask, and a dim of one is the outermost. strides: None where nothing is to do."""
+    """Expanded ones get a contiguous mask; the stride of a dim of one does not matter.
+
+    strides: None where there is nothing to do.
+    """
     graph, mode = Graph(), FakeTensorMode()
     of, mask = graph.placeholder("values"), graph.placeholder("mask")
     with mode:
@@ -229,9 +232,13 @@ def test_a_mask_of_values_that_are_not_dense(values: torch.Tensor, strides: tupl
     assert (made is mask) == (strides is None)
 
 
+@pytest.mark.parametrize("output", ["bn", "nb"])
 @pytest.mark.parametrize("layout", ["expanded", "columns"])
-def test_masked_inputs_of_another_batch(layout: str) -> None:
-    """With sizes that are symbols: the masked input is saved for the backward, which reads it in the order it has."""
+def test_masked_inputs_of_another_batch(layout: str, output: str) -> None:
+    """With sizes that are symbols: the masked input is saved for the backward, which reads it in the order it has.
+
+    Where the features come first in the output, they are not the last dim of the input that the matmul reads.
+    """
 
     class Einsum(nn.Module):
         def __init__(self) -> None:
@@ -239,7 +246,7 @@ def test_masked_inputs_of_another_batch(layout: str) -> None:
             self.fc = nn.Linear(64, 64, bias=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.einsum("bk,nk->bn", x, self.fc.weight)
+            return torch.einsum(f"bk,nk->{output}", x, self.fc.weight)
 
     model = Einsum()
     backend = sp.sparse_backend({"fc": sp.ActivationSparsity(grad_input="masked")}, model=model)

@@ -118,7 +118,7 @@ def check(example: Example, inner: str, masked: Callable[[Example, Place], Any] 
             for name, which in match.drawn.items():
                 drawn.setdefault(name, set()).update(which)
         report = backend.report
-    _check_report(report, example, network, known)
+    _check_report(report, example, network, known, inner)
     _check_drawn(report, drawn)
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), f"{name} was changed"
@@ -163,7 +163,7 @@ def _compare_bits(one: Result, two: Result) -> None:
     assert same, "a second call gave other bits"
 
 
-def _check_report(report: sp.Report, example: Example, network: Network, known: list[Place]) -> None:
+def _check_report(report: sp.Report, example: Example, network: Network, known: list[Place], inner: str) -> None:
     """Every named linear of every graph is there, rewritten or skipped, each with its GEMMs and its reason."""
     named = {place.name: scheme for place in known if (scheme := meant(example, place))}
     counts = Counter(site.fqn for site in report.sites)
@@ -186,12 +186,15 @@ def _check_report(report: sp.Report, example: Example, network: Network, known: 
                     assert (site.status, site.output, site.shape[1:]) == ("skipped", None, (place.n, 1)), str(site)
                     assert "no matmul of this weight was found" in site.reason, str(site)
                     continue
-                _check_site(site, place, block.layer, gemm_dtype(example))
+                # Of a vector Inductor makes a product and a sum, in float32.
+                vector = inner == "inductor" and site.shape[0] == 1
+                assert site.dtype in (gemm_dtype(example), torch.float32 if vector else gemm_dtype(example)), str(site)
+                _check_site(site, place, block.layer, site.dtype)
                 _check_fused(site, example, block, network.blocks[index - 1] if index else None)
                 for gemm, possible in gradients.items():
                     has = getattr(site, gemm) is not None
                     # Gradients that are empty Inductor may leave out, as behind a norm.
-                    possible = {*possible, False} if site.shape[0] == 0 else possible
+                    possible = {*possible, False} if inner == "inductor" and site.shape[0] == 0 else possible
                     assert has in {example.training and one for one in possible}, f"{gemm} of {site}\n{report}"
     if example.broken == "parts" and any("also serves" in one for one in report.notes):
         # Parts that are alike may share a graph, whose sites bear the names of the first.
@@ -204,8 +207,6 @@ def _check_report(report: sp.Report, example: Example, network: Network, known: 
 
 
 def _check_site(site: sp.Site, place: Place, layer: Layer, dtype: torch.dtype) -> None:
-    # Of a vector Inductor makes a product and a sum, in float32.
-    assert site.dtype in (dtype, torch.float32 if site.shape[0] == 1 else dtype), str(site)
     assert (site.status == "sparse") or site.reason, str(site)
     n, k = place.n, place.k
     if layer.way != "halves":

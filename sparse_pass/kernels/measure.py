@@ -95,8 +95,11 @@ def _measured(
     file: Path, name: str, device: int, about: str, race: Callable[[], Timing], candidates: tuple[int, ...]
 ) -> Timing:
     if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ or torch.cuda.get_allocator_backend() == "pluggable":
-        # A capture that fails leaves torch's random numbers and its allocator in the state of a capture.
-        raise RuntimeError("kernels are timed in CUDA graphs, which want torch's own caching allocator")
+        # A capture that fails leaves torch's random numbers and its allocator as if it still went on.
+        raise RuntimeError(
+            "kernels are timed in CUDA graphs, which want torch's own caching allocator: unset "
+            "PYTORCH_NO_CUDA_MEMORY_CACHING, use no pluggable allocator, or pass tune='off'"
+        )
     with _MEASURING, timings.one_process_at_a_time(file):
         found = timings.known(file).get(name)
         if found is None or found.algorithm not in candidates:

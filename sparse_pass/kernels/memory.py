@@ -11,17 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# As Inductor's code calls it: half the host time of torch.empty.
+# See cusparselt.
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
 ROOM = 2048
-"""Bytes: of a tile twice as large as the one that was seen."""
-_WHOLE = 256
+"""Bytes: all metadata of a tile of 64 by 256, twice as wide as the one that was seen."""
+_TILE_COLS = 256
 
 
 def reads_past_end(cols: int) -> bool:
     """Whether a packed matrix of so many columns may be read past its end."""
-    return cols % _WHOLE != 0
+    return cols % _TILE_COLS != 0
 
 
 def empty_packed(rows: int, cols: int) -> Tensor:
