@@ -215,10 +215,20 @@ def _multiplied(x: Tensor, block: Block, scheme: Scheme, match: Match, name: str
     own = added is not None and way in ("module", "F.linear", "Conv1D")
     added = added.to(dtype) if own else added
     at_once = own and (way == "Conv1D" or _adds_at_once(x.to(dtype), weight, added))
+    at_once &= not _is_sparse_product(scheme, weight, dtype, x.device)
     inside = added if at_once else None
     parts = [Product.apply(rows, w, inside, k, scheme, match, name) for w, k in zip(weights, kepts, strict=True)]
     y = torch.cat(parts, -1).view(*x.shape[:-1], weight.shape[0])
     return y if added is None or at_once else y + added
+
+
+def _is_sparse_product(scheme: Scheme, weight: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a 2:4 input is multiplied by a sparse kernel, as it usually is where it can be: it adds no bias."""
+    on_input = input_scheme(scheme)
+    if on_input is None or on_input.mask == "rowwise" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    asked = on_input.backend == "cusparselt" or (on_input.backend, device.type) == ("auto", "cuda")
+    return asked and weight.shape[0] % 16 == 0 and weight.shape[1] % 64 == 0
 
 
 class _Ops(TorchDispatchMode):
