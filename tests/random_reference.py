@@ -8,7 +8,7 @@ reference masks by what they saw and draws with their seeds. That they saw what 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -215,20 +215,27 @@ def _multiplied(x: Tensor, block: Block, scheme: Scheme, match: Match, name: str
     own = added is not None and way in ("module", "F.linear", "Conv1D")
     added = added.to(dtype) if own else added
     at_once = own and (way == "Conv1D" or _adds_at_once(x.to(dtype), weight, added))
-    at_once &= not _is_sparse_product(scheme, weight, dtype, x.device)
+    on_input = input_scheme(scheme)
+    # A sparse kernel takes a 2:4 input wherever it can, as a rule, and adds no bias.
+    apart = on_input is not None and on_input.mask != "rowwise"
+    at_once &= not (apart and has_kernel(on_input, dtype, weight.shape, (16, 64), x.device.type))
     inside = added if at_once else None
     parts = [Product.apply(rows, w, inside, k, scheme, match, name) for w, k in zip(weights, kepts, strict=True)]
     y = torch.cat(parts, -1).view(*x.shape[:-1], weight.shape[0])
     return y if added is None or at_once else y + added
 
 
-def _is_sparse_product(scheme: Scheme, weight: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a 2:4 input is multiplied by a sparse kernel, as it usually is where it can be: it adds no bias."""
-    on_input = input_scheme(scheme)
-    if on_input is None or on_input.mask == "rowwise" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    asked = on_input.backend == "cusparselt" or (on_input.backend, device.type) == ("auto", "cuda")
-    return asked and weight.shape[0] % 16 == 0 and weight.shape[1] % 64 == 0
+def has_kernel(
+    scheme: sp.WeightSparsity | sp.ActivationSparsity | None,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    multiples: Sequence[int],
+    device_type: str,
+) -> bool:
+    """Whether a scheme asks for a sparse kernel, and dtype and sizes [N, K] are such that there may be one."""
+    asked = scheme is not None and (scheme.backend == "cusparselt" or (device_type, scheme.backend) == ("cuda", "auto"))
+    fits = not any(at % by for at, by in zip(sizes, multiples, strict=True))
+    return asked and fits and dtype in (torch.float16, torch.bfloat16)
 
 
 class _Ops(TorchDispatchMode):

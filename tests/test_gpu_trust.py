@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from support import TOLERANCE, Result, errors, relative_error, run, ste_reference, twins
+from support import TOLERANCE, Result, errors, in_threads, python_environment, relative_error, run, ste_reference, twins
 from test_training import REPLACED
 from torch import Tensor, nn
 
@@ -56,9 +55,11 @@ def backend_of(model: nn.Module, tune: str = "off", inner: str = "inductor") -> 
     return sp.sparse_backend(CONFIG, model=model, inner=inner, tune=tune)
 
 
-def results(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> tuple[Result, Result]:
+def results(
+    call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, config: Mapping[str, sp.WeightSparsity] = CONFIG
+) -> tuple[Result, Result]:
     """Outputs and gradients, and those of the reference of the model as it is now."""
-    reference = ste_reference(model, CONFIG)
+    reference = ste_reference(model, config)
     return run(call, dict(model.named_parameters()), [x]), run(reference, twins(model, reference), [x])
 
 
@@ -101,9 +102,7 @@ def test_tied_and_untied() -> None:
     for tied in (False, True, False):
         weight = torch.randn(DIM, DIM, device="cuda", dtype=torch.bfloat16) / DIM**0.5
         model[1].weight = model[0].weight if tied else nn.Parameter(weight)
-        reference = ste_reference(model, config)
-        actual = run(call, dict(model.named_parameters()), [x])
-        found = errors(actual, run(reference, twins(model, reference), [x]))
+        found = errors(*results(call, model, x, config))
         assert max(found.values()) < BFLOAT16, found
     assert_kernels(backend)
 
@@ -210,11 +209,7 @@ def test_threads_run_at_once() -> None:
                 torch.cuda.current_stream().synchronize()
                 found.append(max(relative_error(a, e) for a, e in zip(actual, expected[number], strict=True)))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(len(inputs)))
     assert len(found) == 80
     assert max(found) < BFLOAT16
     assert_kernels(backend)
@@ -429,8 +424,7 @@ print(sum(float(p.grad.double().norm()) for p in model.parameters()))
 
 def test_processes_measure_at_once(tmp_path: Path) -> None:
     """On one GPU: what one has measured the others read, and all choose the same."""
-    path = os.pathsep.join([str(Path(sp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, timings.DIRECTORY_VARIABLE: str(tmp_path), "PYTHONPATH": path}
+    environment = python_environment(**{timings.DIRECTORY_VARIABLE: str(tmp_path)})
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TRAIN], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-import sparse_pass as sp
+from support import python_environment
 
 
 @pytest.mark.slow
@@ -18,7 +16,6 @@ import sparse_pass as sp
 def test_kernels_are_the_references() -> None:
     # In a process of its own: Triton looks at the variable when the kernels are defined.
     script = Path(__file__).with_name("interpreted_kernels.py")
-    path = os.pathsep.join([str(Path(sp.__file__).parents[1]), *sys.path])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    environment = python_environment(TRITON_INTERPRET="1")
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "equal\n", done.stderr[-2000:]

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_same_packed
+from support import assert_same_packed, in_threads
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -312,11 +312,7 @@ def test_threads_share_a_plan():
                 if relative_error(output, expected[number].double()) > SAME:
                     wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(4))
     assert wrong == []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 import subprocess
 import sys
 import textwrap
@@ -13,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import assert_unbiased, probabilities
+from support import assert_unbiased, probabilities, python_environment
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import sparse_pass as sp
 from sparse_pass import reference, reference_mvue
 
 INF, NAN = float("inf"), float("nan")
@@ -93,8 +91,7 @@ WORDS = """
 def test_random_words_are_those_of_triton(tmp_path: Path) -> None:
     script = tmp_path / "rand.py"  # Triton reads the source of kernels
     script.write_text(textwrap.dedent(WORDS))
-    path = os.pathsep.join([str(Path(sp.__file__).parents[1]), *sys.path])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    environment = python_environment(TRITON_INTERPRET="1")
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "equal\n", done.stderr[-2000:]
 

@@ -190,19 +190,25 @@ def test_parts_that_share_a_weight(named: int) -> None:
     assert [site.fqn for site in backend.report.sites] == [f"{named}.0"]
 
 
+def laid_out(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """A contiguous mask of the values, that in their memory order, and whether it is the same node."""
+    graph, mode = Graph(), FakeTensorMode()
+    of, mask = graph.placeholder("values"), graph.placeholder("mask")
+    with mode:
+        of.meta["val"] = torch.empty_strided(values.shape, values.stride())
+        mask.meta["val"] = torch.empty(values.shape, dtype=torch.bool)
+    made = Editor(graph, mode).laid_out(mask, of, graph.output(mask), like=of)
+    return mask.meta["val"], made.meta["val"], made is mask
+
+
 @pytest.mark.parametrize("dims", [(0, 1, 2), (0, 2, 1), (1, 2, 0), (2, 1, 0)], ids=str)
 def test_a_mask_takes_the_memory_order_of_its_values(dims: tuple[int, ...]) -> None:
     """What reads the masked values was captured with their strides."""
-    graph, mode = Graph(), FakeTensorMode()
-    values, mask = graph.placeholder("values"), graph.placeholder("mask")
-    with mode:
-        values.meta["val"] = torch.empty(2, 3, 4).permute(dims)
-        mask.meta["val"] = torch.empty(values.meta["val"].shape, dtype=torch.bool)
-    output = graph.output(mask)
-    made = Editor(graph, mode).laid_out(mask, values, output, like=values)
-    assert made.meta["val"].shape == values.meta["val"].shape
-    assert made.meta["val"].stride() == values.meta["val"].stride()
-    assert (made is mask) == (dims == (0, 1, 2))
+    values = torch.empty(2, 3, 4).permute(dims)
+    _, made, same = laid_out(values)
+    assert made.shape == values.shape
+    assert made.stride() == values.stride()
+    assert same == (dims == (0, 1, 2))
 
 
 NOT_DENSE: dict[str, tuple[torch.Tensor, tuple[int, ...] | None]] = {
@@ -222,14 +228,9 @@ def test_a_mask_of_values_that_are_not_dense(values: torch.Tensor, strides: tupl
 
     strides: None where there is nothing to do.
     """
-    graph, mode = Graph(), FakeTensorMode()
-    of, mask = graph.placeholder("values"), graph.placeholder("mask")
-    with mode:
-        of.meta["val"] = torch.empty_strided(values.shape, values.stride())
-        mask.meta["val"] = torch.empty(values.shape, dtype=torch.bool)
-    made = Editor(graph, mode).laid_out(mask, of, graph.output(mask), like=of)
-    assert made.meta["val"].stride() == (strides or mask.meta["val"].stride())
-    assert (made is mask) == (strides is None)
+    mask, made, same = laid_out(values)
+    assert made.stride() == (strides or mask.stride())
+    assert same == (strides is None)
 
 
 @pytest.mark.parametrize("output", ["bn", "nb"])

@@ -40,7 +40,7 @@ from random_networks import (
     meant,
     places,
 )
-from random_reference import Match, Seen, reference_of
+from random_reference import Match, Seen, has_kernel, reference_of
 from support import TOLERANCE, Result, errors, fresh_compile, invariants_checked, run, twins
 from torch import Tensor
 from torch._inductor import config as inductor_config
@@ -56,7 +56,6 @@ EXAMPLES = {"aot_eager": 750, "inductor": 24}
 SHARDS = {"aot_eager": 4, "inductor": 2}
 
 KERNEL = "cusparselt" if DEVICE == "cuda" else "reference"
-KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def gemm_dtype(example: Example) -> torch.dtype:
@@ -227,8 +226,7 @@ def _check_site(site: sp.Site, place: Place, layer: Layer, dtype: torch.dtype) -
     assert "not found" not in site.reason, str(site)
 
     def possible(scheme: sp.WeightSparsity | sp.ActivationSparsity | None, *multiples: int) -> bool:
-        asked = scheme is not None and (scheme.backend == "cusparselt" or (DEVICE, scheme.backend) == ("cuda", "auto"))
-        return asked and dtype in KERNEL_DTYPES and not any(at % by for at, by in zip((n, k), multiples, strict=True))
+        return has_kernel(scheme, dtype, (n, k), multiples, DEVICE)
 
     by_weight, by_grad = possible(on_weight, 64, 64), mvue and possible(on_weight, 64, 16)
     by_input = possible(on_input, 16, 64) and on_input is not None and on_input.mask != "rowwise"

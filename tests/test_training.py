@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import TOLERANCE, errors, fresh_compile, relative_error, run, ste_reference, twins
+from support import TOLERANCE, errors, fresh_compile, in_threads, relative_error, run, ste_reference, twins
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch.utils.checkpoint import checkpoint
@@ -435,11 +435,7 @@ def test_threads_run_at_once(inner: str) -> None:
             gradient = torch.autograd.grad(y.square().sum(), x)[0]
             errors.append(max(relative_error(y, reference(x)), relative_error(gradient, expected)))
 
-    threads = [threading.Thread(target=work, args=(x,)) for x in inputs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, inputs)
     assert len(errors) == 40
     assert max(errors) < FLOAT32
 

@@ -8,17 +8,15 @@ This file is also the program of a rank::
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from support import relative_error
+from support import in_threads, python_environment, relative_error
 from test_distributed import NAMED, Stack  # skips, as it does, where there is no gloo
 from torch import Tensor, nn
 
@@ -114,8 +112,7 @@ CASES = [  # parts compiled one by one are in test_distributed.py, too, by one r
 def test_two_ranks(device_type: str, kind: str, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, __file__, device_type, kind]
-    path = os.pathsep.join([str(Path(sp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "SPARSE_PASS_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    environment = python_environment(SPARSE_PASS_CACHE_DIR=str(tmp_path))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
@@ -146,11 +143,7 @@ def test_two_devices_in_one_process(tuning_folder: Path) -> None:
         except Exception as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=train, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(train, range(2))
     assert not failures, failures
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graph_printer import capture, printed
-from support import TOLERANCE, errors, run
+from support import TOLERANCE, errors, in_threads, run
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config as inductor_config
@@ -355,11 +355,7 @@ def test_threads_compile_at_once(inner: str) -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(module,)) for module in modules.values()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, modules.values())
     assert failures == []
     sites = {site.fqn: site.shape for site in backend.report.sites}
     assert sites == {f"w{width}": (8, width, 64) for width in widths}
