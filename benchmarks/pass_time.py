@@ -30,7 +30,7 @@ from torch.fx import Graph
 
 import sparse_pass as sp
 from sparse_pass import backend as backend_module
-from sparse_pass import graph_pass
+from sparse_pass import graph_pass, inductor
 from sparse_pass.backend import SparseBackend
 from sparse_pass.fqn import parse_config
 
@@ -143,9 +143,8 @@ def cold(depth: int, device: str) -> pd.DataFrame:
         with (
             fresh_cache(),
             clock.on(graph_pass, "rewrite_graph"),
-            clock.on(backend_module, "graph_names"),
-            clock.on(backend_module, "guard_region"),
-            clock.on(backend_module, "copy_graph"),
+            clock.on(backend_module, "captured"),
+            clock.on(inductor, "copy_graph"),
             clock.on(sp.SparsePass, "uuid"),
         ):
             compiling = first_step(torch.compile(model, backend=backend), x)
@@ -208,7 +207,7 @@ def warm(depth: int, device: str) -> pd.DataFrame:
     def start(what: str, backend: SparseBackend | str) -> None:
         torch._dynamo.reset()
         clock = Clock()
-        with clock.on(backend_module, "report_graph"):
+        with clock.on(inductor, "report_graph"):
             compiling = first_step(torch.compile(model, backend=backend), x)
             waited = clock.seconds.get("report_graph", 0.0)
             sites = len(backend.report.sites) if isinstance(backend, SparseBackend) else 0

@@ -6,10 +6,11 @@ config = {"blocks.*.mlp.fc1": sp.WeightSparsity(), "blocks.*.mlp.fc2": sp.Weight
 model = torch.compile(model, backend=sp.sparse_backend(config, model=model))
 """
 
-from .backend import inductor_options, sparse_backend
+from .backend import sparse_backend
 from .config import ActivationSparsity, WeightSparsity
 from .explain import explain
 from .graph_pass import SparsePass
+from .inductor import inductor_options
 from .ops import mask24
 from .prune import prune_
 from .report import Report, Site

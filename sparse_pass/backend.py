@@ -1,143 +1,42 @@
-"""The ways in: a torch.compile backend and an Inductor options dict."""
+"""The way in: a torch.compile backend."""
 
 from __future__ import annotations
 
+import difflib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
-from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
-from .capture import compile_aot_eager, copy_graph, report_graph
+from .capture import compile_aot_eager
+from .captured import Captured, captured
 from .config import Config, Tune
+from .dynamo.first_step import FirstStep, is_compiled_in_place
+from .dynamo.recompiles import is_exhausted, why_last
 from .graph_pass import SparsePass
-from .model_names import check_names, input_names, read_names, uncaptured
-from .recompiles import why_last
-from .regions import guard_region
+from .inductor import Retrace, with_pass
+from .model_names import check_names, chosen_parameters, is_model_of, uncaptured, unwrapped
 from .report import Report
-from .rewrite_graph import Names
+from .shared_graphs import SharedGraphs
+from .usage import by_position
 
 Inner: TypeAlias = Literal["inductor", "aot_eager"]
 
-
-class PassChain(CustomGraphPass):
-    """Graph passes in order. torch 2.11 takes one pass, not a list; the chain is one on every torch."""
-
-    def __init__(self, passes: Sequence[Callable[[Graph], object]]) -> None:
-        self.passes = tuple(passes)
-
-    def __call__(self, graph: Graph) -> None:
-        for one in self.passes:
-            one(graph)
-
-    def uuid(self) -> object | None:
-        ids = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
-        # A pass without an id makes the graph uncacheable, as it does on its own.
-        return None if any(one is None for one in ids) else ids
-
-    @property
-    def report(self) -> Report:
-        """The report of the (last) SparsePass of the chain."""
-        return next(one for one in reversed(self.passes) if isinstance(one, SparsePass)).report
-
-
-class _SeeGraph(CustomGraphPass):
-    """Pre-grad pass of `inductor_options`: shows a SparsePass what Dynamo captured. Changes nothing."""
-
-    def __init__(self, sparse_pass: SparsePass) -> None:
-        self._pass = sparse_pass
-
-    def __call__(self, graph: Graph) -> None:
-        module = graph.owning_module
-        if module is not None:
-            self._pass.see(graph_names(module, None), _Retrace(module))
-
-    def uuid(self) -> str:
-        return "sparse_pass"  # reads only
-
-    def __getstate__(self) -> dict[str, object]:
-        return {}  # torch 2.11 pickles this pass into the keys of its caches
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _SeeGraph:
-        return self  # configs of Inductor are copied
-
-
-class _Retrace:
-    """Reports a graph whose compiled form came from a cache: with equal ids the pass was not called.
-
-    Holds what tracing depends on besides the graph: the inputs and the modes of the moment.
-    """
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        self._graph = copy_graph(graph_module)
-        self._grad = torch.is_grad_enabled()
-        self._autocast = [
-            (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
-        ]
-
-    def __call__(self, sparse_pass: SparsePass) -> None:
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(self._grad))
-            for kind, dtype in self._autocast:
-                stack.enter_context(torch.autocast(kind, dtype))
-            report_graph(self._graph, sparse_pass)
-
-
-def inductor_options(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Inductor options with the pass added: ``torch.compile(model, options=inductor_options(config))``.
-
-    Also for ``torch._inductor.config.patch(inductor_options(config))``. Passes that ``options``, or else
-    the global Inductor config, already have keep running, before this one. The report is at
-    ``result["joint_custom_pre_pass"].report``.
-
-    Args:
-        config: names to schemes, as for :func:`sparse_backend`.
-        options: Inductor options to build on; not changed.
-
-    Raises:
-        ValueError: bad config.
-    """
-    return _with_pass(SparsePass(config), dict(options or {}), see_graph=True)
-
-
-def _with_pass(sparse_pass: SparsePass, options: dict[str, Any], *, see_graph: bool) -> dict[str, Any]:
-    options = {key.replace("-", "_"): value for key, value in options.items()}
-    options["joint_custom_pre_pass"] = _chained("joint_custom_pre_pass", options, sparse_pass)
-    if see_graph:
-        options["pre_grad_custom_pass"] = _chained("pre_grad_custom_pass", options, _SeeGraph(sparse_pass))
-        if hasattr(inductor_config, "pre_grad_pass_timing"):
-            # Before the cache lookup, as torch 2.11 does: a warm start must show the graph too.
-            options["pre_grad_pass_timing"] = "early"
-    return options
-
-
-def _chained(slot: str, options: Mapping[str, Any], last: CustomGraphPass) -> CustomGraphPass:
-    existing = options.get(slot, getattr(inductor_config, slot))
-    if existing is None:
-        return last
-    if isinstance(existing, PassChain):
-        return PassChain([*existing.passes, last])
-    return PassChain([*existing, last] if isinstance(existing, (list, tuple)) else [existing, last])
-
-
-def graph_names(graph_module: GraphModule, model: nn.Module | None) -> Names:
-    """Names of the parameters of a graph that Dynamo captured."""
-    reason = getattr(graph_module, "compile_subgraph_reason", None)
-    return Names(
-        by_input=input_names(graph_module, model),
-        last_graph=not (reason is not None and reason.graph_break),
-        checked=model is not None,
-    )
+_EAGER = "Dynamo runs it eagerly, and so dense (TORCH_LOGS=graph_breaks,recompiles says why)"
+_NOT_YET = f"in no graph so far: not called yet, or {_EAGER}"
+_NOT_IN_STEP = f"in no graph after the first step: not called, or {_EAGER}"
 
 
 class SparseBackend:
-    """A torch.compile backend; see :func:`sparse_backend`."""
+    """A torch.compile backend; see :func:`sparse_backend`.
+
+    Copies of it, as some trainers make, are the backend itself: there is one report. Pickled, it is made anew from its
+    config, and takes the first model that fits the config for the one that names are names in.
+    """
 
     __name__ = "sparse_pass"
 
@@ -149,12 +48,16 @@ class SparseBackend:
         options: dict[str, Any],
     ) -> None:
         self._pass = sparse_pass
-        # Compiled code holds the backend; a strong reference would keep the parameters alive with it.
-        self._model = None if model is None else weakref.ref(model)
         self._inner = inner
         self._options = options
         self._inductor: torch._TorchCompileInductorWrapper | None = None
-        self._read: set[str] = set()
+        self._called = False
+        self._shared = SharedGraphs()
+        self._wants_model = model is not None
+        self._model: weakref.ref[nn.Module] | None = None
+        self._first_step: FirstStep | None = None
+        if model is not None:
+            self._take_model(model)
 
     def __call__(
         self,
@@ -163,26 +66,46 @@ class SparseBackend:
         *,
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
+        **_: Any,  # newer torch hands on more, such as the name given to torch.compile
     ) -> Callable[..., Any]:
         given = {**self._options, **(options or {})}
+        graph = self._look(graph_module)
+        if graph.names.ours:
+            self._called = True
+            if last := why_last():
+                self._pass.note(last, graph.names)
+        compiled = self._compile(graph_module, inputs, graph, mode, given)
         model = self._live_model()
-        names = graph_names(graph_module, model)
-        if model is not None:
-            self._read |= read_names(graph_module, names.by_input)
-            region = guard_region(graph_module, model, self._pass.patterns)
-            by_input = {index: region.own(known) for index, known in names.by_input.items()}
-            names = replace(names, by_input=by_input, serves=region.serves)
-            self._read.update(region.serves)
-        last = why_last()
-        if last:
-            self._pass.note(last, names)
+        if model is not None and graph.region.shared:
+            compiled = self._shared.observe(compiled, graph, model, self._settle)
+        self._settle()
+        return compiled
+
+    def _look(self, graph_module: GraphModule) -> Captured:
+        graph = captured(graph_module, self._live_model(), self._pass.patterns)
+        if self._wants_model and self._live_model() is None:
+            fitting = next((root for root in graph.roots if is_model_of(root, self._pass.patterns)), None)
+            if fitting is not None:
+                self._take_model(fitting)
+                graph = captured(graph_module, fitting, self._pass.patterns)
+        return graph
+
+    def _compile(
+        self,
+        graph_module: GraphModule,
+        inputs: Sequence[Any],
+        graph: Captured,
+        mode: str | None,
+        options: dict[str, Any],
+    ) -> Callable[..., Any]:
         if self._inner == "aot_eager":
-            _refuse_options(mode, given)
-            with self._pass.seeing(names):
+            _refuse_options(mode, options)
+            with self._pass.seeing(graph.names):
                 return compile_aot_eager(graph_module, inputs, self._pass)
-        with self._pass.seeing(names, _Retrace(graph_module)):
+        retrace = Retrace(graph_module) if graph.names.ours else None
+        with self._pass.seeing(graph.names, retrace):
             # What torch.compile(mode=..., options=...) would make of them, its errors included.
-            options = _with_pass(self._pass, given, see_graph=False)
+            options = with_pass(self._pass, options, see_graph=False)
             self._inductor = torch._TorchCompileInductorWrapper(mode, options, None)
             return self._inductor(graph_module, inputs)  # type: ignore[no-any-return]
 
@@ -191,27 +114,84 @@ class SparseBackend:
         if self._inductor is not None:
             self._inductor.reset()
 
+    def __copy__(self) -> SparseBackend:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseBackend:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., SparseBackend], tuple[Any, ...]]:
+        one = self._pass
+        return _rebuilt, (one.config, one.strict, one.tune, self._inner, self._options, self._wants_model)
+
+    # The model, and what of it is dense.
+
+    def _take_model(self, model: nn.Module) -> None:
+        # Compiled code holds the backend; a strong reference would keep the parameters alive with it.
+        self._model = weakref.ref(model)
+        self._first_step = FirstStep(self, model, chosen_parameters(model, self._pass.patterns))
+
     def _live_model(self) -> nn.Module | None:
-        if self._model is None:
-            return None
-        model = self._model()
-        if model is None:
+        return None if self._model is None else self._model()
+
+    def _missing(self) -> list[str]:
+        model = self._live_model()
+        return [] if model is None else list(uncaptured(model, self._pass.patterns, self._seen()))
+
+    def _seen(self) -> set[str]:
+        return self._pass.captured | self._shared.served
+
+    def _settle(self) -> None:
+        """Stop watching once nothing is missing."""
+        if self._first_step is not None and not self._missing():
+            self._first_step.over()
+            self._first_step = None
+
+    def on_attempt(self) -> None:
+        """See `Watcher`."""
+        self._called = True
+
+    def on_gradient(self, names: tuple[str, ...]) -> None:
+        """See `Watcher`."""
+        if self._was_called() and not self._seen().intersection(names):
+            missing = self._missing()
+            if set(missing).intersection(names):
+                self._tell(missing)
+
+    def on_step(self) -> None:
+        """See `Watcher`."""
+        if self._was_called():
+            self._tell(self._missing())
+            if self._first_step is not None:
+                self._first_step.over()
+                self._first_step = None
+
+    def _was_called(self) -> bool:
+        model = self._live_model()
+        return self._called or (model is not None and (is_compiled_in_place(model, self) or is_exhausted(model)))
+
+    def _tell(self, missing: list[str]) -> None:
+        if missing and self._pass.strict:
             raise RuntimeError(
-                "the model given as model= to sparse_backend is gone; make a backend for the model in use"
+                f"sparse_pass: {', '.join(map(repr, missing))}: {_NOT_IN_STEP}. strict=True lets no named layer"
+                " train dense: mend the graph break, compile the part that holds the layer, or map it to None"
             )
-        return model
+        self._pass.warn_uncaptured(missing, _NOT_IN_STEP)
 
     @property
     def report(self) -> Report:
         """Every graph compiled so far, whether compiled now or taken from a cache."""
-        model = None if self._model is None else self._model()
-        report = self._pass.report
+        reports = [self._shared.told(names, report) for names, report in self._pass.reports()]
+        report = self._pass.merged(reports)
+        model = self._live_model()
         if model is None:
             return report
-        missing = uncaptured(model, self._pass.patterns, self._read)
+        missing = uncaptured(model, self._pass.patterns, self._seen())
         if report.graphs:
-            self._pass.warn_uncaptured(missing)
-        return replace(report, uncaptured=tuple(missing))
+            told = [name for name, pattern in missing.items() if pattern.exact or self._pass.strict]
+            self._pass.warn_uncaptured(told, _NOT_YET)
+        # With a model each pattern names something of it: what is not there is uncaptured.
+        return replace(report, unmatched=(), uncaptured=tuple(missing))
 
 
 def _refuse_options(mode: str | None, options: Mapping[str, Any]) -> None:
@@ -219,6 +199,24 @@ def _refuse_options(mode: str | None, options: Mapping[str, Any]) -> None:
         raise ValueError(f"inner='aot_eager' takes no mode or Inductor options, got mode={mode!r}, options={options!r}")
 
 
+def _rebuilt(
+    config: Config, strict: bool, tune: Tune, inner: Inner, options: dict[str, Any], wants_model: bool
+) -> SparseBackend:
+    """A backend that was pickled. Its model, if it had one, is the first that fits the config."""
+    backend = SparseBackend(SparsePass(config, strict=strict, tune=tune), None, inner, options)
+    backend._wants_model = wants_model
+    return backend
+
+
+def _hint(arguments: tuple[object, ...]) -> str:
+    if isinstance(arguments[0], GraphModule):
+        return "sparse_backend is no backend itself: write torch.compile(model, backend=sparse_backend(config))"
+    if isinstance(arguments[1], nn.Module):
+        return "give the model as a keyword: sparse_backend(config, model=model)"
+    return f"sparse_backend takes the config alone by position, got {len(arguments)} arguments"
+
+
+@by_position(1, _hint)
 def sparse_backend(
     config: Config,
     *,
@@ -234,10 +232,12 @@ def sparse_backend(
         config: names to schemes, or to None (leave dense). ``blocks.0.mlp.fc1`` is an exact module or
             parameter name; ``*`` stands for anything inside one dotted part; ``re:...`` is a regular
             expression for the full name. An exact name beats patterns; among patterns the first wins.
-        model: checks the names at once, and makes them absolute where parts of the model are compiled
-            one by one. No reference to its parameters is kept by the compiled code.
+        model: checks the names at once, makes them absolute where parts of the model are compiled one by one, and lets
+            the backend tell which named layers no graph has read in the first step. No reference to its parameters is
+            kept by the compiled code.
         inner: what compiles the rewritten graphs: ``"inductor"``, or ``"aot_eager"`` (runs op by op).
-        strict: raise where a named linear would be skipped.
+        strict: raise where a named linear would be skipped, and with ``model`` where one trains dense in the first
+            step since no graph has read it.
         tune: ``"auto"`` or ``"off"``; see :class:`SparsePass`.
         **inductor_options: options for Inductor; give ``mode=`` and ``options=`` to torch.compile.
 
@@ -248,6 +248,7 @@ def sparse_backend(
         ValueError: bad config or argument; with ``model``, a pattern that names no linear weight (lists
             the closest names) or an exactly named weight that cannot be 2:4 sparse.
         RuntimeError: an option that Inductor does not know.
+        TypeError: arguments that are not for it, with what to write instead.
     """
     if inner not in get_args(Inner):
         raise ValueError(f"inner={inner!r}: expected one of {', '.join(map(repr, get_args(Inner)))}")
@@ -258,9 +259,23 @@ def sparse_backend(
         )
     sparse_pass = SparsePass(config, strict=strict, tune=tune)
     if model is not None:
+        model = unwrapped(model)
         check_names(model, sparse_pass.patterns)
     if inner == "aot_eager":
         _refuse_options(None, inductor_options)
     else:
-        torch._TorchCompileInductorWrapper(None, inductor_options, None)  # raises for unknown options
+        _check_options(inductor_options)
     return SparseBackend(sparse_pass, model, inner, inductor_options)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what Inductor does not know, in one line. Its own message lists all that it knows."""
+    known = torch._inductor.config.get_config_copy()
+    for name in options:
+        if name.replace("-", "_") not in known:
+            close = difflib.get_close_matches(name, known, n=5)
+            raise RuntimeError(
+                f"{name!r} is neither an argument of sparse_backend nor an option of Inductor;"
+                f" closest: {', '.join(map(repr, close)) or 'none'} (torch._inductor.list_options() has all)"
+            )
+    torch._TorchCompileInductorWrapper(None, dict(options), None)  # raises for values of another type

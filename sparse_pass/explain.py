@@ -13,15 +13,17 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
-from .backend import graph_names
+from .captured import captured
 from .capture import copy_graph, report_graph
 from .config import Config
 from .fqn import Pattern, nearest
 from .graph_pass import SparsePass
-from .model_names import linear_weights, read_names, uncaptured
+from .model_names import linear_weights, uncaptured, unwrapped
 from .report import Report
+from .usage import by_position
 
 
+@by_position(2, lambda _: "explain(model, config) returns a function of the model's inputs: explain(model, config)(x)")
 def explain(model: nn.Module, config: Config) -> Callable[..., Report]:
     """Report what the pass would do: ``print(explain(model, config)(*args, **kwargs))``.
 
@@ -37,19 +39,20 @@ def explain(model: nn.Module, config: Config) -> Callable[..., Report]:
         A function that takes the model's inputs and returns a Report.
 
     Raises:
+        TypeError: inputs of the model beside the config.
         ValueError: bad config; from the returned function, an exactly named linear that cannot be 2:4 sparse.
     """
     SparsePass(config)  # raises now for a bad config
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
 
     def run(*args: Any, **kwargs: Any) -> Report:
         sparse_pass = SparsePass(config)
         refused: list[ValueError] = []
-        read: set[str] = set()
 
         def report_only(graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            names = graph_names(graph_module, model)
-            read.update(read_names(graph_module, names.by_input))
+            names = captured(graph_module, model).names
+            if not names.ours:
+                return graph_module.forward
             with sparse_pass.seeing(replace(names, checked=True)):
                 try:
                     report_graph(copy_graph(graph_module), sparse_pass)
@@ -67,7 +70,7 @@ def explain(model: nn.Module, config: Config) -> Callable[..., Report]:
                     raise refused[0] from None
                 raise
         report = sparse_pass.report
-        missing = tuple(uncaptured(model, sparse_pass.patterns, read))
+        missing = tuple(uncaptured(model, sparse_pass.patterns, sparse_pass.captured))
         notes = report.notes + _suggestions(model, sparse_pass.patterns, report.unmatched)
         return replace(report, notes=notes, uncaptured=missing)
 

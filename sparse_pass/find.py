@@ -18,7 +18,7 @@ from .backward import (
     unwrapped,
     with_backward,
 )
-from .fqn import from_source, normalize
+from .fqn import AllNames, from_source, normalize
 from .gemms import Linear, Use, aten, is_move, operands, trace, weight_places
 
 
@@ -140,7 +140,7 @@ def _names(parameter_names: tuple[str, ...], module: str, in_linear: bool) -> tu
         owned = sorted((owner for owner in owners if module.endswith("." + owner)), key=len)[-1:]
     if owned:
         owners = owned
-    elif in_linear and module:
+    elif in_linear and module and not (isinstance(parameter_names, AllNames) and any(owners)):
         # A tied weight is known by its first owner's name; the module that runs here is the other one.
         owners = [module] if owners else []
     return tuple(dict.fromkeys(name for name in (*owners, *parameter_names) if name))
@@ -176,31 +176,46 @@ def _rows(gemm: Node, n: int, k: int) -> Any:
     return numel // per_row if per_row else 0
 
 
-def parameter_nodes(graph: Graph, names_by_input: Mapping[int, tuple[str, ...]]) -> dict[Node, tuple[str, ...]]:
+def parameter_nodes(
+    graph: Graph,
+    names_by_input: Mapping[int, tuple[str, ...]] | None = None,
+    names_by_attribute: Mapping[str, tuple[str, ...]] | None = None,
+) -> dict[Node, tuple[str, ...]]:
     """Names of the nodes that hold parameters.
 
     Args:
         names_by_input: names by position of the graph input before AOTAutograd, as Dynamo numbers them.
+        names_by_attribute: names of the parameters that were attributes of Dynamo's graph, where they are not their own.
     """
     found: dict[Node, tuple[str, ...]] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and isinstance(node.target, str):
             found[node] = (normalize(node.target),)
         elif node.op == "placeholder":
-            names = _input_names(node.meta.get("desc"), names_by_input)
+            names = _input_names(node.meta.get("desc"), names_by_input or {}, names_by_attribute or {})
             if names is not None:
                 found[node] = names
     return found
 
 
-def _input_names(descriptor: Any, names_by_input: Mapping[int, tuple[str, ...]]) -> tuple[str, ...] | None:
+def _input_names(
+    descriptor: Any, names_by_input: Mapping[int, tuple[str, ...]], names_by_attribute: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...] | None:
     descriptor, _ = unwrapped(descriptor)
     kind = type(descriptor).__name__
     if kind == "PlainAOTInput":
         return names_by_input.get(descriptor.idx)
     if kind == "ParamAOTInput":
-        return (normalize(descriptor.target),)
+        return names_by_attribute.get(descriptor.target, (normalize(descriptor.target),))
     return None
+
+
+def has_backward(graph: Graph) -> bool:
+    """Whether a graph holds a backward, as the joint graph of a training step does."""
+    return any(
+        str(node.target).startswith("tangents") or node.meta.get("partitioner_tag") == "is_backward"
+        for node in graph.nodes
+    )
 
 
 def other_readers(graph: Graph, parameter: Node) -> list[str]:

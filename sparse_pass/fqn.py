@@ -18,6 +18,7 @@ _LEADING_WRAPPER = "module"
 _ACCESS = re.compile(
     r"""
       \._(?:modules|parameters|buffers)\[ (?P<q1>['"]) (?P<member>.*?) (?P=q1) \]
+    | \.__dict__\[ (?P<q0>['"]) _(?:modules|parameters|buffers) (?P=q0) \]\[ (?P<q4>['"]) (?P<own>.*?) (?P=q4) \]
     | \.__dict__\[ (?P<q2>['"]) (?P<entry>.*?) (?P=q2) \]
     | \[ (?P<q3>['"]) (?P<key>.*?) (?P=q3) \]
     | \[ (?P<index>\d+) \]
@@ -26,6 +27,10 @@ _ACCESS = re.compile(
     re.VERBOSE,
 )
 _ROOT = re.compile(r"""^[LG]\[(['"])\w+\1\]""")
+_MEMBERS = re.compile(r"""\._(?:modules|parameters)\[|\.__dict__\[(['"])_(?:modules|parameters)\1\]\[""")
+# Ways to an object that are no part of its name: of a method to its object, of a closure to what it holds.
+_BOUND = re.compile(r"\.__(?:self|func)__|\.__closure__\[\d+\]\.cell_contents")
+_GETATTR = re.compile(r"""getattr\(([^()]*), *(['"])([^'"]*)\2\)""")
 
 
 def normalize(name: str) -> str:
@@ -42,15 +47,17 @@ def from_source(source: str) -> str:
     ``L['self']._modules['blocks']._modules['0']._parameters['weight']`` -> ``blocks.0.weight`` and
     ``L['self'].blocks.0.fc1`` -> ``blocks.0.fc1``. Paths of torch.export have no root: ``blocks.0.fc1``.
     """
+    while source != (plain := _GETATTR.sub(r"\1.\3", source)):
+        source = plain
+    source = _BOUND.sub("", source)
     root = _ROOT.match(source)
     if root is None:
         return "" if "[" in source else normalize(source)
     rest = source[root.end() :]
-    if "._modules[" in rest or "._parameters[" in rest:
+    if (first := _MEMBERS.search(rest)) is not None:
         # A module held by a closure, a list or an attribute of a plain object: what leads to the
         # module is not a part of its own names.
-        first = min(i for i in (rest.find("._modules["), rest.find("._parameters[")) if i >= 0)
-        rest = rest[first:]
+        rest = rest[first.start() :]
     parts: list[str] = []
     position = 0
     while position < len(rest):
@@ -58,9 +65,15 @@ def from_source(source: str) -> str:
         # Module stacks print children as attributes, whatever their keys: `.blocks.0`, `.heads.a-b`.
         if access is None:
             return ""
-        parts.append(next(text for text in access.group("member", "entry", "key", "index", "attr") if text))
+        parts.append(next(text for text in access.group("member", "own", "entry", "key", "index", "attr") if text))
         position = access.end()
     return normalize(".".join(parts))
+
+
+class AllNames(tuple[str, ...]):
+    """All names of a parameter that is known itself, and not by the path that led to it."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import hashlib
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -16,10 +16,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from .config import Config, Scheme, Tune
-from .fqn import Pattern, choose, parse_config
+from .fqn import choose, parse_config
 from .legal import KERNEL_DTYPES, Limits, device_limits
 from .report import Report, merge
-from .rewrite_graph import Names, rewrite_graph
+from .rewrite_graph import Names, is_logged, rewrite_graph
 
 
 class SparsePass(CustomGraphPass):
@@ -45,15 +45,22 @@ class SparsePass(CustomGraphPass):
         self.strict = strict
         self.tune = tune
         self.patterns = parse_config(config)
-        self._reports: list[Report] = []
+        # Each with the names that its graph was shown with, if it was.
+        self._reports: list[tuple[Names | None, Report]] = []
         # Names of the graph that a thread is compiling. Compilation may run on several threads at once.
         self._names: dict[int, Names] = {}
         # How to report graphs that were shown and have not come by yet: they came from a compile cache.
         self._awaited: dict[Names, Callable[[SparsePass], None]] = {}
         self._compiling: set[Names] = set()
         self._warned: set[str] = set()
+        self._texts = [pattern.text for pattern in self.patterns]
 
-    def __call__(self, graph: Graph) -> None:
+    def __call__(self, graph: Graph, *inputs: Any) -> None:
+        if inputs or not isinstance(graph, Graph):
+            raise TypeError(
+                "SparsePass is a pass of Inductor, no backend: write backend=sparse_backend(config), or"
+                " options={'joint_custom_pre_pass': SparsePass(config)} with the default backend"
+            )
         if "torch._inductor.graph" in sys.modules:  # else nothing is compiled: `inner="aot_eager"`, `explain`
             from . import lowering
 
@@ -61,8 +68,10 @@ class SparsePass(CustomGraphPass):
         names = self._names.get(threading.get_ident())
         if names is not None:
             self._awaited.pop(names, None)
+            if not names.ours:
+                return
         report = rewrite_graph(graph, self.patterns, names, strict=self.strict, tune=self.tune)
-        self._reports.append(report)
+        self._reports.append((names, report))
         # A branch inside a graph comes before that graph.
         if report.graphs and (names is None or (names.last_graph and not names.checked)):
             self._warn_unmatched(names)
@@ -84,15 +93,15 @@ class SparsePass(CustomGraphPass):
     def seeing(self, names: Names, retrace: Callable[[SparsePass], None] | None = None) -> Iterator[None]:
         """`see` for the length of one compilation.
 
-        A graph that did not come by is traced again: now, if a misspelt name may need a warning, else when the
-        report is asked for. Tracing takes longer than the rest of a warm start.
+        A graph that did not come by is traced again: now, if a misspelt name may need a warning or the report is
+        logged, else when the report is asked for. Tracing takes longer than the rest of a warm start.
         """
         self.see(names, retrace)
         self._compiling.add(names)
         try:
             yield
             self._compiling.discard(names)
-            if not names.checked:
+            if not names.checked or is_logged():
                 self._catch_up()
         except BaseException:
             self._awaited.pop(names, None)
@@ -107,7 +116,8 @@ class SparsePass(CustomGraphPass):
         chosen = [choose(self.patterns, pair) for pair in known]
         if text not in self._warned and any(pattern is not None and pattern.scheme for pattern in chosen):
             self._warned.add(text)
-            self._reports.append(Report(unmatched=tuple(pattern.text for pattern in self.patterns), notes=(text,)))
+            note = Report(unmatched=tuple(pattern.text for pattern in self.patterns), notes=(text,))
+            self._reports.append((names, note))
             warnings.warn(f"sparse_pass: {text}", stacklevel=3)
 
     def _catch_up(self) -> None:
@@ -127,14 +137,28 @@ class SparsePass(CustomGraphPass):
     @property
     def report(self) -> Report:
         """All graphs compiled so far, those from a compile cache included."""
-        self._catch_up()
-        return self._merged()
+        return self.merged([report for _, report in self.reports()])
 
-    def _merged(self) -> Report:
-        return merge(self._reports, [pattern.text for pattern in self.patterns])
+    def merged(self, reports: Iterable[Report]) -> Report:
+        """One report of several."""
+        return merge(reports, self._texts)
+
+    def reports(self) -> list[tuple[Names | None, Report]]:
+        """The report of each graph, with the names that the graph was shown with."""
+        self._catch_up()
+        return list(self._reports)
+
+    @property
+    def captured(self) -> set[str]:
+        """Names of the linears of all graphs compiled so far. Of graphs from a cache that were not traced again, names
+        of the parameters that they read."""
+        rows = {site.fqn for _, report in self._reports for site in report.sites}
+        return rows.union(*(names.read for names in list(self._awaited)))
 
     def _warn_unmatched(self, names: Names | None) -> None:
-        absent = [text for text in self._merged().unmatched if text not in self._warned]
+        absent = [
+            text for text in self.merged(report for _, report in self._reports).unmatched if text not in self._warned
+        ]
         self._warned.update(absent)
         if absent:
             hint = "" if names is not None else "; parameter names are visible to sparse_backend only"
@@ -145,22 +169,17 @@ class SparsePass(CustomGraphPass):
                 stacklevel=3,
             )
 
-    def warn_uncaptured(self, missing: Mapping[str, Pattern]) -> None:
-        """Of what was asked for in so many words: a pattern may well mean layers that do not run."""
-        names = [name for name, pattern in missing.items() if pattern.exact or self.strict]
-        names = [name for name in names if name not in self._warned]
+    def warn_uncaptured(self, missing: Iterable[str], text: str) -> None:
+        """Warn of layers that no graph holds, of each once. ``text`` follows their names."""
+        names = [name for name in missing if name not in self._warned]
         self._warned.update(names)
         if names:
-            warnings.warn(
-                f"sparse_pass: {', '.join(map(repr, names))}: in no graph so far, and dense where Dynamo runs it"
-                " eagerly (TORCH_LOGS=graph_breaks says why)",
-                stacklevel=3,
-            )
+            warnings.warn(f"sparse_pass: {', '.join(map(repr, names))}: {text}", stacklevel=3)
 
     def uuid(self) -> str:
         """Key for the compile caches: everything a rewrite depends on besides the graph."""
         names = self._names.get(threading.get_ident())
-        seen = sorted(names.by_input.items()) if names else []
+        seen = [sorted(names.by_input.items()), sorted(names.eager_backward)] if names else []
         key = (list(self.config.items()), self.strict, self.tune, seen, _environment())
         return hashlib.sha256(repr(key).encode()).hexdigest()
 

@@ -1,23 +1,22 @@
-"""Names of the linear weights of a model, and of the inputs of a graph that Dynamo captured from it."""
+"""Names of the linear weights of a model."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 
 from torch import nn
-from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from .config import weight_scheme
-from .fqn import Pattern, choose, from_source, nearest, normalize
+from .fqn import Pattern, choose, nearest, normalize
 from .legal import why_shape_skipped
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Parameter | None]:
     """Every name by which a config may call a 2-D weight: parameter names, and module names of ``*.weight``.
 
-    The value is None where a linear module computes its weight, as parametrizations do. Tables of embeddings
+    The value is None where a linear module computes its weight, as parametrizations do, or where the tensor of its
+    shape is kept elsewhere between the calls, as FSDP1 does. Tables of embeddings
     are no linear weights, unless a linear shares them, nor are the weights of ``nn.LSTM`` and its like, which
     Dynamo does not capture. Names are in normal form.
     """
@@ -25,7 +24,7 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Parameter | None]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.RNNBase)):
             continue
-        if isinstance(module, nn.Linear) and "weight" not in module._parameters and normalize(name):
+        if isinstance(module, nn.Linear) and _is_elsewhere(module) and normalize(name):
             weights[normalize(name)] = None
         for leaf, parameter in module._parameters.items():
             if parameter is None or is_lazy(parameter) or parameter.dim() != 2:
@@ -34,6 +33,11 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Parameter | None]:
             if leaf == "weight" and normalize(name):
                 weights[normalize(name)] = parameter
     return weights
+
+
+def _is_elsewhere(linear: nn.Linear) -> bool:
+    weight = linear._parameters.get("weight")
+    return weight is None or (not is_lazy(weight) and weight.dim() != 2)
 
 
 def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
@@ -106,44 +110,6 @@ def names_by_identity(model: nn.Module) -> dict[int, tuple[str, ...]]:
     return names
 
 
-def input_names(graph_module: GraphModule, model: nn.Module | None = None) -> dict[int, tuple[str, ...]]:
-    """Parameter names by position of the graph input.
-
-    Args:
-        graph_module: as Dynamo hands it to a backend; its placeholders know where they came from.
-        model: makes names absolute where the graph is that of a part of the model. 2-D weights have the names
-            that `linear_weights` knows then; those without any, and the parameters of other models in the same
-            graph, have an empty tuple.
-    """
-    by_identity = {} if model is None else names_by_identity(model)
-    parameters = list(_parameter_inputs(graph_module))
-    holders = {_holder(text) for _, text, example in parameters if id(example) in by_identity}
-    found: dict[int, tuple[str, ...]] = {}
-    for index, text, example in parameters:
-        path = from_source(text)
-        if id(example) in by_identity:
-            found[index] = by_identity[id(example)]
-        elif holders and _holder(text) not in holders:
-            found[index] = ()  # of another model, such as the teacher of this one
-        elif path:
-            # FSDP swaps parameters, so identity can fail where the path does not.
-            known = () if model is None else model.named_parameters(remove_duplicate=False)
-            longer = {normalize(name): id(one) for name, one in known if f".{normalize(name)}".endswith(f".{path}")}
-            found[index] = by_identity[next(iter(longer.values()))] if len(longer) == 1 else (path,)
-    return found
-
-
-def read_names(graph_module: GraphModule, names: Mapping[int, tuple[str, ...]]) -> set[str]:
-    """Names of the inputs that a graph reads by more than looking up rows, as an embedding does."""
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    return {
-        name
-        for index, several in names.items()
-        if any("embedding" not in str(user.target) for user in placeholders[index].users)
-        for name in several
-    }
-
-
 def uncaptured(model: nn.Module, patterns: Sequence[Pattern], read: Set[str]) -> dict[str, Pattern]:
     """The linears that the patterns choose and of which ``read`` has no name, each with its pattern."""
     weights = linear_weights(model)
@@ -157,20 +123,22 @@ def uncaptured(model: nn.Module, patterns: Sequence[Pattern], read: Set[str]) ->
     }
 
 
-def _parameter_inputs(graph_module: GraphModule) -> Iterator[tuple[int, str, object]]:
-    """Position, source and value of the inputs that are parameters."""
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    for index, node in enumerate(placeholders):
-        source = getattr(node, "_dynamo_source", None)
-        if source is None:
-            continue
-        text = source.name if isinstance(source.name, str) else source.name()
-        argument = node.meta.get("grapharg")
-        example = argument.example if argument is not None else None
-        if "_parameters[" in text or isinstance(example, nn.Parameter):
-            yield index, text, example
+def chosen_parameters(model: nn.Module, patterns: Sequence[Pattern]) -> list[tuple[nn.Parameter, tuple[str, ...]]]:
+    """The parameters that the patterns choose, with all their names."""
+    names = names_by_identity(model)
+    chosen = [weight for _, weight, _ in chosen_weights(model, patterns) if weight is not None]
+    return [(weight, names[id(weight)]) for weight in chosen]
 
 
-def _holder(source: str) -> str:
-    """What holds the model that the parameter is of: ``L['self'].net``."""
-    return re.split(r"\._(?:modules|parameters)\[", source, maxsplit=1)[0]
+def is_model_of(module: nn.Module, patterns: Sequence[Pattern]) -> bool:
+    """Whether the names of a config are names in this module."""
+    try:
+        check_names(module, patterns)
+    except ValueError:
+        return False
+    return True
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` wraps. The wrapper may be gone soon, the module is the user's."""
+    return getattr(model, "_orig_mod", model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -41,6 +41,11 @@ class Site:
     grad_weight: str | None = None
     fused: str | None = None
     """The activation function that the kernel of a 2:4 input computes by itself, such as ``"squared_relu"``."""
+    training: bool | None = None
+    """Whether the graph has a backward: a graph of inference has none. None if there is no graph, as of `prune_`."""
+    serves: tuple[str, ...] = ()
+    """Other layers that have run this very row: parts of a model that are compiled one by one share a graph where they
+    are alike and treated alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,41 +59,23 @@ class Report:
     """What a reader must know to read the rest, such as parameter names that were not visible."""
     graphs: int = 0
     """Compiled graphs that were looked at."""
+    inference_graphs: int = 0
+    """How many of them have no backward."""
     uncaptured: tuple[str, ...] = ()
     """Named linears of the model (known with ``model=``) that no graph holds: not called, or run eagerly and dense."""
 
     def __str__(self) -> str:
-        counts = Counter(site.status for site in self.sites)
-        head = f"sparse_pass: {len(self.sites)} named linears in {self.graphs} graph(s)"
+        layers = {name for site in self.sites for name in (site.fqn, *site.serves)}
+        by_status = {(site.status, name) for site in self.sites for name in (site.fqn, *site.serves)}
+        counts = Counter(status for status, _ in by_status)
+        head = f"sparse_pass: {len(layers)} named linears in {self.graphs} graph(s)"
+        if 0 < self.inference_graphs < self.graphs:
+            head += f", {self.inference_graphs} of inference"
         if counts:
             head += ": " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
         lines = [head]
         if self.sites:
-            lines += _table(
-                (
-                    "fqn",
-                    "scheme",
-                    "M, N, K",
-                    "status",
-                    "output",
-                    "grad_input",
-                    "grad_weight",
-                    "reason",
-                ),
-                [
-                    (
-                        site.fqn,
-                        scheme_text(site.scheme),
-                        ", ".join(map(str, site.shape)),
-                        site.status,
-                        f"{site.output or '-'}{f' of {site.fused}' if site.fused else ''}",
-                        site.grad_input or "-",
-                        site.grad_weight or "-",
-                        site.reason,
-                    )
-                    for site in self.sites
-                ],
-            )
+            lines += _table(self.sites)
         lines += [
             f"uncaptured: {name!r} is in no graph so far: it was not called, or Dynamo runs it eagerly, and so dense"
             " (TORCH_LOGS=graph_breaks says why)"
@@ -111,9 +98,28 @@ def merge(reports: Iterable[Report], patterns: Iterable[str]) -> Report:
         unmatched=tuple(nowhere),
         notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
         graphs=sum(report.graphs for report in reports),
+        inference_graphs=sum(report.inference_graphs for report in reports),
     )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+_COLUMNS: dict[str, Callable[[Site], str]] = {
+    "fqn": lambda site: site.fqn,
+    "graph": lambda site: "training" if site.training else "inference",
+    "scheme": lambda site: scheme_text(site.scheme),
+    "M, N, K": lambda site: ", ".join(map(str, site.shape)),
+    "status": lambda site: site.status,
+    "output": lambda site: f"{site.output or '-'}{f' of {site.fused}' if site.fused else ''}",
+    "grad_input": lambda site: site.grad_input or "-",
+    "grad_weight": lambda site: site.grad_weight or "-",
+    "reason": lambda site: site.reason,
+}
+
+
+def _table(sites: Sequence[Site]) -> list[str]:
+    """One line per row. The kind of graph is a column where there are both."""
+    columns = dict(_COLUMNS)
+    if len({site.training for site in sites}) == 1:
+        del columns["graph"]
+    rows = [tuple(columns), *(tuple(cell(site) for cell in columns.values()) for site in sites)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

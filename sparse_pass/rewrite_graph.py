@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch._guards import TracingContext
-from torch._logging._internal import trace_structured
+from torch._logging._internal import LazyTraceHandler, trace_log, trace_structured
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from .config import Config, Tune
-from .find import find_linears, other_readers, parameter_nodes
+from .find import find_linears, has_backward, other_readers, parameter_nodes
 from .fqn import Pattern, choose, parse_config
 from .gemms import Linear, input_of, trace
 from .report import Report, Site
@@ -27,12 +27,18 @@ class Names:
     """Parameter names by position of the graph input, from the graph that Dynamo captured."""
 
     by_input: Mapping[int, tuple[str, ...]]
+    by_attribute: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of parameters that are attributes of the graph, not inputs."""
+    read: frozenset[str] = frozenset()
+    """Names of the parameters that the graph does more with than look up rows."""
+    eager_backward: frozenset[str] = frozenset()
+    """Names of the parameters that are in the hands of an autograd.Function whose backward runs eagerly."""
+    ours: bool = True
+    """False for the step of an optimizer, whose parameters are not multiplied by anything."""
     last_graph: bool = True
     """False where a graph break follows: what is not named here may be named in the next graph."""
     checked: bool = False
     """Whether the config was checked against the model: then an absent layer is no surprise."""
-    serves: tuple[str, ...] = ()
-    """Names of the linears of other parts of the model that run this very graph, as far as they are known."""
 
 
 def rewrite_graph(
@@ -54,12 +60,10 @@ def rewrite_graph(
     """
     if (names is not None or TracingContext.try_get()) and _is_branch(graph):
         return _branch_report(graph, patterns)
-    parameters = parameter_nodes(graph, names.by_input if names else {})
+    parameters = parameter_nodes(graph, names.by_input, names.by_attribute) if names else parameter_nodes(graph)
     found = find_linears(graph, parameters)
     chosen: list[tuple[Linear, Pattern]] = []
     matched: set[str] = set()
-    if names is not None:
-        matched.update(pattern.text for pattern in patterns if any(pattern.names([name]) for name in names.serves))
     for linear in found.linears:
         matched.update(pattern.text for pattern in patterns if pattern.names(linear.names))
         pattern = choose(patterns, linear.names)
@@ -76,10 +80,9 @@ def rewrite_graph(
         sites = [rewriting.rewrite(linear, pattern) for linear, pattern in chosen]
         rewriting.clean()
         graph.lint()
-    sites += unread
+    training = has_backward(graph)
+    sites = [replace(site, training=training) for site in [*sites, *unread]]
     notes = []
-    if names is not None and names.serves and chosen:
-        notes.append(f"the graph of {chosen[0][0].names[0]} also serves parts that the config treats alike")
     if names is None and not parameters:
         notes.append("parameter names are not visible to a pass that sees the ATen graph only: linears are known"
                      " by their modules; use sparse_backend or inductor_options to name parameters")  # fmt: skip
@@ -90,6 +93,7 @@ def rewrite_graph(
         unmatched=tuple(pattern.text for pattern in patterns if pattern.text not in matched),
         notes=tuple(notes),
         graphs=1,
+        inference_graphs=int(not training),
     )
     _log(report)
     return report
@@ -164,6 +168,11 @@ def _fake_mode(graph: Graph) -> FakeTensorMode:
         "the graph carries no fake tensors in node.meta['val'];"
         " capture it with torch.compile, torch.export or AOTAutograd"
     )
+
+
+def is_logged() -> bool:
+    """Whether anybody reads what is logged of a report: by ``TORCH_LOGS="+sparse_pass"`` and its like, or by tlparse."""
+    return log.isEnabledFor(logging.INFO) or any(isinstance(one, LazyTraceHandler) for one in trace_log.handlers)
 
 
 def _log(report: Report) -> None:

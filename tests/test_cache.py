@@ -25,7 +25,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
-from sparse_pass import backend, graph_pass
+from sparse_pass import graph_pass, inductor
 
 # The op nodes leave Inductor no C++ to compile, so a compilation takes a second and not ten.
 SPARSE = sp.WeightSparsity(backend="cusparselt")
@@ -49,7 +49,7 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls()
-    rewrite_graph, report_graph = graph_pass.rewrite_graph, backend.report_graph
+    rewrite_graph, report_graph = graph_pass.rewrite_graph, inductor.report_graph
 
     def counted_rewrite(*args: Any, **kwargs: Any) -> Any:
         calls.rewrites += 1
@@ -60,7 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         report_graph(*args, **kwargs)
 
     monkeypatch.setattr(graph_pass, "rewrite_graph", counted_rewrite)
-    monkeypatch.setattr(backend, "report_graph", counted_report)
+    monkeypatch.setattr(inductor, "report_graph", counted_report)
     return calls
 
 

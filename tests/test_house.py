@@ -22,12 +22,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Which module may import which, from the ways in down to the leaves (DESIGN.md part 3).
 ALLOWED = {
-    "__init__": "backend config explain graph_pass ops prune report rewrite_graph",
-    "explain": "backend capture config fqn graph_pass model_names report",
-    "backend": "capture config graph_pass model_names recompiles regions report rewrite_graph",
+    "__init__": "backend config explain graph_pass inductor ops prune report rewrite_graph",
+    "explain": "capture captured config fqn graph_pass model_names report usage",
+    "backend": "capture captured config dynamo graph_pass inductor model_names report shared_graphs usage",
+    "shared_graphs": "captured model_names report rewrite_graph",
+    "inductor": "capture captured config graph_pass report",
+    "captured": "dynamo fqn rewrite_graph",
     "capture": "graph_pass",
-    "recompiles": "",
-    "regions": "config fqn model_names",
+    "dynamo": "config dynamo fqn model_names",
+    "usage": "",
     "graph_pass": "config fqn legal lowering report rewrite_graph",
     "rewrite_graph": "config find fqn gemms report rewrite_linear",
     "rewrite_linear": "activation config editor fqn gemms gradient legal profit report rewriter",
@@ -84,7 +87,7 @@ class Import:
 
 
 def layer(module: str) -> str:
-    """`kernels` for all modules of that folder, else the module itself."""
+    """The folder of a module, such as `kernels`, or else the module itself."""
     return module.partition(".")[0]
 
 

@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import sparse_pass as sp
 from sparse_pass.config import WeightSparsity
 from sparse_pass.fqn import choose, from_source, nearest, normalize, parse_config
-from sparse_pass.recompiles import why_last
+from sparse_pass.dynamo.recompiles import why_last
 
 W24 = sp.WeightSparsity()
 GREEDY = sp.WeightSparsity(mask="greedy")
@@ -67,7 +67,10 @@ def test_normalize(raw: str, name: str) -> None:
         ("L['self']._modules['module']._modules['fc']._parameters['weight']", "fc.weight"),
         ('L["self"]._modules["fc"]._parameters["weight"]', "fc.weight"),
         ("L['self']._modules['norm']._buffers['mean']", "norm.mean"),
-        ("L['self'].__dict__['_modules']['fc']", "_modules.fc"),
+        ("L['self'].__dict__['_modules']['fc']", "fc"),
+        ("L['self']._modules['a'].__dict__['_modules']['b']._modules['fc']._parameters['weight']", "a.b.fc.weight"),
+        ("L['self'].net.__dict__['_modules']['b']._modules['fc']._parameters['weight']", "b.fc.weight"),
+        ("L['__self__']._modules['0']._parameters['weight']", "0.weight"),
         # module stacks
         ("L['self']", ""),
         ("L['self'].blocks.0.fc1", "blocks.0.fc1"),
@@ -76,6 +79,11 @@ def test_normalize(raw: str, name: str) -> None:
         ("L['self'].plain[0]", "plain.0"),
         ("L['models']['teacher'].fc", "teacher.fc"),
         ("L['self'].inner._orig_mod.0", "inner.0"),
+        ("getattr(G['m'].blocks, '0').fc1", "blocks.0.fc1"),
+        ("getattr(getattr(L['self'].blocks, '0').heads, 'a b')", "blocks.0.heads.a b"),
+        ("L['self'].__dict__['_modules']['enc'].fc1", "enc.fc1"),
+        ("L['step'].__self__.net.fc1", "net.fc1"),
+        ("L['step'].__closure__[0].cell_contents.fc1", "fc1"),
         # torch.export
         ("blocks.0.fc1", "blocks.0.fc1"),
         ("", ""),
@@ -818,9 +826,12 @@ def test_what_is_captured_later() -> None:
         assert backend.report.uncaptured == ("blocks.0.fc1", "blocks.1.fc1", "blocks.2.fc1", "blocks.2.fc2")
         x = torch.randn(4, 8)
         model.blocks[0](x)
-        assert backend.report.uncaptured == ("blocks.2.fc1", "blocks.2.fc2")  # the second block is as the first
+        assert backend.report.uncaptured == ("blocks.1.fc1", "blocks.2.fc1", "blocks.2.fc2")
+        model.blocks[1](x)  # by the graph of the first
+        assert backend.report.uncaptured == ("blocks.2.fc1", "blocks.2.fc2")
         model(IDS)
         assert backend.report.uncaptured == ()
+        assert backend.report.notes == ("the graph of blocks.0 also serves blocks.1",)
 
 
 def test_captured_by_other_names() -> None:

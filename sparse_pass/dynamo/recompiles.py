@@ -5,17 +5,27 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+from torch import nn
 from torch._dynamo import config
-from torch._dynamo.cache_size import _has_same_id_matched_objs
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from .sources import running_scope
+
+
+def is_exhausted(model: nn.Module) -> bool:
+    """Whether Dynamo has made all the graphs of a model's forward that it makes: the next backend gets none."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    code = getattr(type(model).forward, "__code__", None)
+    return code is not None and len(_debug_get_cache_entry_list(code)) >= config.recompile_limit
 
 
 def why_last() -> str:
     """What follows if the graph that Dynamo has captured just now is the last one it makes of that code; else ""."""
-    try:
-        output: Any = InstructionTranslator.current_tx().output
-    except AttributeError:
+    from torch._dynamo.cache_size import _has_same_id_matched_objs
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    output = running_scope()
+    if output is None:
         return ""  # called by hand
     if config.fail_on_recompile_limit_hit or output.root_tx.one_graph:
         return ""  # Dynamo raises

@@ -1,0 +1,126 @@
+"""Tells when the first training step under a backend ends, so that a layer which no graph read is not dense in silence.
+
+Two events say so. A named weight gets its gradient: what no graph has read by then has just been computed dense.
+An optimizer is about to step: then the whole forward and backward have run. Both count only if the compiled model was
+called at all, since the same model may be trained dense on purpose first: Dynamo captured a graph, or tried to,
+or a module of the model is compiled in place, so that calling it is calling what was compiled.
+
+All hooks go as soon as nothing is missing, which is before the first backward where all went well.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+
+class Watcher(Protocol):
+    """Who wants to know."""
+
+    def on_gradient(self, names: tuple[str, ...]) -> None:
+        """A parameter of these names has its gradient."""
+
+    def on_step(self) -> None:
+        """An optimizer of the model's parameters is about to step."""
+
+    def on_attempt(self) -> None:
+        """Dynamo tries to capture something in a call of what was compiled with this backend."""
+
+
+class FirstStep:
+    """The hooks of one watcher, which they do not keep alive."""
+
+    def __init__(
+        self, watcher: Watcher, model: nn.Module, named: Iterable[tuple[nn.Parameter, tuple[str, ...]]]
+    ) -> None:
+        """named: the parameters to watch, with their names."""
+        from torch._dynamo.callback import callback_handler
+
+        there, its_model = weakref.ref(watcher), weakref.ref(model)
+        handles: list[Any] = [
+            parameter.register_post_accumulate_grad_hook(_when_gradient(there, names))
+            for parameter, names in named
+            if parameter.requires_grad and parameter.is_leaf
+        ]
+        handles.append(register_optimizer_step_pre_hook(_when_step(there, its_model)))
+        attempt = _when_attempt(there)
+        callback_handler.register_start_callback(attempt)
+        self._remove = weakref.finalize(watcher, _remove, handles, attempt)
+        self._remove.atexit = False
+
+    def over(self) -> None:
+        """Take all hooks away."""
+        self._remove()
+
+
+def _remove(handles: list[Any], attempt: Callable[..., None]) -> None:
+    from torch._dynamo.callback import callback_handler
+
+    for handle in handles:
+        handle.remove()
+    if attempt in callback_handler.start_callbacks:  # torch._dynamo.reset() forgets them
+        callback_handler.remove_start_callback(attempt)
+
+
+def _when_gradient(watcher: weakref.ref[Watcher], names: tuple[str, ...]) -> Callable[[torch.Tensor], None]:
+    def sparse_pass_gradient(_: torch.Tensor) -> None:
+        there = None if torch.compiler.is_compiling() else watcher()
+        if there is not None:
+            there.on_gradient(names)
+
+    return sparse_pass_gradient
+
+
+def _when_step(watcher: weakref.ref[Watcher], model: weakref.ref[nn.Module]) -> Callable[..., None]:
+    def sparse_pass_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        there, its_model = watcher(), model()
+        if there is None or its_model is None:
+            return
+        own = {id(parameter) for parameter in its_model.parameters()}
+        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            there.on_step()
+
+    return sparse_pass_step
+
+
+def _when_attempt(watcher: weakref.ref[Watcher]) -> Callable[..., None]:
+    def sparse_pass_attempt(*_: Any) -> None:
+        there, frame = watcher(), sys._getframe()
+        while there is not None and frame is not None:
+            if frame.f_code.co_name == "compile_wrapper" and backend_of(frame.f_locals.get("callback")) is there:
+                there.on_attempt()
+                return
+            frame = frame.f_back  # type: ignore[assignment]
+
+    return sparse_pass_attempt
+
+
+def is_compiled_in_place(model: nn.Module, backend: object) -> bool:
+    """Whether ``module.compile(backend=backend)`` was called on the model or on a part of it."""
+    return any(
+        backend_of(_callback(module._compiled_call_impl)) is backend
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+    )
+
+
+def _callback(compiled: Any) -> object:
+    """What Dynamo calls back for a compiled callable; None if it is no such callable."""
+    code, cells = getattr(compiled, "__code__", None), getattr(compiled, "__closure__", None)
+    held = dict(zip(code.co_freevars, cells, strict=True)) if code is not None and cells else {}
+    return held["callback"].cell_contents if "callback" in held else None
+
+
+def backend_of(callback: Any) -> object:
+    """The backend that the user gave to torch.compile."""
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    return getattr(callback, "compiler_fn", callback)
