@@ -19,7 +19,7 @@ from .dynamo.first_step import FirstStep, is_compiled_in_place
 from .dynamo.recompiles import is_exhausted, why_last
 from .graph_pass import SparsePass
 from .inductor import Retrace, with_pass
-from .model_names import check_names, chosen_parameters, is_model_of, uncaptured, unwrapped
+from .model_names import check_names, chosen_weights, is_model_of, uncaptured, unwrapped
 from .report import Report
 from .shared_graphs import SharedGraphs
 from .usage import by_position
@@ -73,7 +73,7 @@ class SparseBackend:
         if graph.names.ours:
             self._called = True
             if last := why_last():
-                self._pass.note(last, graph.names)
+                self._pass.note(last, graph.names)  # an error under strict: no later call can be watched
         compiled = self._compile(graph_module, inputs, graph, mode, given)
         model = self._live_model()
         if model is not None and graph.region.shared:
@@ -129,7 +129,8 @@ class SparseBackend:
     def _take_model(self, model: nn.Module) -> None:
         # Compiled code holds the backend; a strong reference would keep the parameters alive with it.
         self._model = weakref.ref(model)
-        self._first_step = FirstStep(self, model, chosen_parameters(model, self._pass.patterns))
+        chosen = chosen_weights(model, self._pass.patterns)
+        self._first_step = FirstStep(self, model, [(name, weight) for name, weight, _ in chosen if weight is not None])
 
     def _live_model(self) -> nn.Module | None:
         return None if self._model is None else self._model()
@@ -151,12 +152,10 @@ class SparseBackend:
         """See `Watcher`."""
         self._called = True
 
-    def on_gradient(self, names: tuple[str, ...]) -> None:
+    def on_gradient(self, name: str) -> None:
         """See `Watcher`."""
-        if self._was_called() and not self._seen().intersection(names):
-            missing = self._missing()
-            if set(missing).intersection(names):
-                self._tell(missing)
+        if self._was_called() and name in (missing := self._missing()):
+            self._tell(missing)
 
     def on_step(self) -> None:
         """See `Watcher`."""

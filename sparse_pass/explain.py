@@ -13,8 +13,8 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
-from .captured import captured
 from .capture import copy_graph, report_graph
+from .captured import captured
 from .config import Config
 from .fqn import Pattern, nearest
 from .graph_pass import SparsePass

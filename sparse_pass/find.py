@@ -185,7 +185,7 @@ def parameter_nodes(
 
     Args:
         names_by_input: names by position of the graph input before AOTAutograd, as Dynamo numbers them.
-        names_by_attribute: names of the parameters that were attributes of Dynamo's graph, where they are not their own.
+        names_by_attribute: names of parameters that were attributes of Dynamo's graph, where not their own.
     """
     found: dict[Node, tuple[str, ...]] = {}
     for node in graph.nodes:

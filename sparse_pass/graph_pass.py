@@ -111,10 +111,16 @@ class SparsePass(CustomGraphPass):
             self._names.pop(threading.get_ident(), None)
 
     def note(self, text: str, names: Names) -> None:
-        """Warn of what concerns the named linears of a graph, if it has any, and say it in the report."""
+        """Warn of what concerns the named linears of a graph, if it has any, and say it in the report.
+
+        Raises:
+            RuntimeError: with ``strict``, instead of the warning.
+        """
         known = [(name.removesuffix(".weight"), name) for several in names.by_input.values() for name in several]
         chosen = [choose(self.patterns, pair) for pair in known]
         if text not in self._warned and any(pattern is not None and pattern.scheme for pattern in chosen):
+            if self.strict:
+                raise RuntimeError(f"sparse_pass, strict=True: {text}")
             self._warned.add(text)
             note = Report(unmatched=tuple(pattern.text for pattern in self.patterns), notes=(text,))
             self._reports.append((names, note))

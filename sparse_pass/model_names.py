@@ -123,13 +123,6 @@ def uncaptured(model: nn.Module, patterns: Sequence[Pattern], read: Set[str]) ->
     }
 
 
-def chosen_parameters(model: nn.Module, patterns: Sequence[Pattern]) -> list[tuple[nn.Parameter, tuple[str, ...]]]:
-    """The parameters that the patterns choose, with all their names."""
-    names = names_by_identity(model)
-    chosen = [weight for _, weight, _ in chosen_weights(model, patterns) if weight is not None]
-    return [(weight, names[id(weight)]) for weight in chosen]
-
-
 def is_model_of(module: nn.Module, patterns: Sequence[Pattern]) -> bool:
     """Whether the names of a config are names in this module."""
     try:

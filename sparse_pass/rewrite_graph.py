@@ -171,7 +171,7 @@ def _fake_mode(graph: Graph) -> FakeTensorMode:
 
 
 def is_logged() -> bool:
-    """Whether anybody reads what is logged of a report: by ``TORCH_LOGS="+sparse_pass"`` and its like, or by tlparse."""
+    """Whether anybody reads what is logged of a report: by ``TORCH_LOGS="+sparse_pass"``, or by tlparse."""
     return log.isEnabledFor(logging.INFO) or any(isinstance(one, LazyTraceHandler) for one in trace_log.handlers)
 
 

@@ -129,7 +129,9 @@ class Rewriting:
             status = "sparse" if any_sparse else "masked_dense"
         return Site(
             fqn=linear.names[0], pattern=pattern.text, scheme=scheme, dtype=dtype, status=status,
-            reason="; ".join(_distinct(why)), shape=(m if isinstance(m, int) else str(m), n, k), **kernels,
+            reason="; ".join(_distinct(why)), shape=(m if isinstance(m, int) else str(m), n, k),
+            output=kernels["output"], grad_input=kernels["grad_input"], grad_weight=kernels["grad_weight"],
+            fused=kernels.get("fused"),
         )  # fmt: skip
 
     def _rewrite_weight(

@@ -23,8 +23,8 @@ from support import GraphFacts, check_invariants, graph_facts
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from sparse_pass.captured import graph_names
 from sparse_pass.capture import copy_graph, report_graph
+from sparse_pass.captured import graph_names
 from sparse_pass.fqn import parse_config
 from sparse_pass.graph_pass import rewrite_graph
 from sparse_pass.report import Report

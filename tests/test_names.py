@@ -15,8 +15,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import sparse_pass as sp
 from sparse_pass.config import WeightSparsity
-from sparse_pass.fqn import choose, from_source, nearest, normalize, parse_config
 from sparse_pass.dynamo.recompiles import why_last
+from sparse_pass.fqn import choose, from_source, nearest, normalize, parse_config
 
 W24 = sp.WeightSparsity()
 GREEDY = sp.WeightSparsity(mask="greedy")

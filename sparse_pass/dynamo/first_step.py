@@ -23,8 +23,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 class Watcher(Protocol):
     """Who wants to know."""
 
-    def on_gradient(self, names: tuple[str, ...]) -> None:
-        """A parameter of these names has its gradient."""
+    def on_gradient(self, name: str) -> None:
+        """The weight of this name has its gradient."""
 
     def on_step(self) -> None:
         """An optimizer of the model's parameters is about to step."""
@@ -37,15 +37,15 @@ class FirstStep:
     """The hooks of one watcher, which they do not keep alive."""
 
     def __init__(
-        self, watcher: Watcher, model: nn.Module, named: Iterable[tuple[nn.Parameter, tuple[str, ...]]]
+        self, watcher: Watcher, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]
     ) -> None:
         """named: the parameters to watch, with their names."""
         from torch._dynamo.callback import callback_handler
 
         there, its_model = weakref.ref(watcher), weakref.ref(model)
         handles: list[Any] = [
-            parameter.register_post_accumulate_grad_hook(_when_gradient(there, names))
-            for parameter, names in named
+            parameter.register_post_accumulate_grad_hook(_when_gradient(there, name))
+            for name, parameter in named
             if parameter.requires_grad and parameter.is_leaf
         ]
         handles.append(register_optimizer_step_pre_hook(_when_step(there, its_model)))
@@ -68,11 +68,11 @@ def _remove(handles: list[Any], attempt: Callable[..., None]) -> None:
         callback_handler.remove_start_callback(attempt)
 
 
-def _when_gradient(watcher: weakref.ref[Watcher], names: tuple[str, ...]) -> Callable[[torch.Tensor], None]:
+def _when_gradient(watcher: weakref.ref[Watcher], name: str) -> Callable[[torch.Tensor], None]:
     def sparse_pass_gradient(_: torch.Tensor) -> None:
         there = None if torch.compiler.is_compiling() else watcher()
         if there is not None:
-            there.on_gradient(names)
+            there.on_gradient(name)
 
     return sparse_pass_gradient
 

@@ -53,11 +53,12 @@ def input_names(graph_module: GraphModule, inputs: Sequence[Input], model: nn.Mo
             names = (own.ending(path) if own is not None else ()) or (path,)
         if names is not None:
             found[one.index] = names
-    by_attribute = {
-        name: () if is_of_optimizer(name) else known
-        for name, parameter in graph_module.named_parameters()
-        if (known := own.by_identity.get(id(parameter)) if own is not None else None) or is_of_optimizer(name)
-    }
+    by_attribute: dict[str, tuple[str, ...]] = {}
+    for name, parameter in graph_module.named_parameters():
+        if is_of_optimizer(name):
+            by_attribute[name] = ()
+        elif own is not None and id(parameter) in own.by_identity:
+            by_attribute[name] = own.by_identity[id(parameter)]
     return InputNames(by_input=found, by_attribute=by_attribute)
 
 

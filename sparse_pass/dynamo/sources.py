@@ -72,7 +72,7 @@ def parameter_inputs(graph_module: GraphModule) -> Iterator[Input]:
 
 def source_text(source: Source) -> str:
     """The expression of a source: a property on newer torch, a method on older."""
-    return source.name if isinstance(source.name, str) else source.name()  # type: ignore[unreachable]
+    return source.name if isinstance(source.name, str) else source.name()
 
 
 def is_of_optimizer(text: str) -> bool:
