@@ -16,6 +16,7 @@ from .config import Config, Tune
 from .find import find_linears, other_readers, parameter_nodes
 from .fqn import Pattern, choose, parse_config
 from .gemms import Linear, input_of, trace
+from .halves import without_halves
 from .report import Report, Site
 from .rewrite_linear import Rewriting, refuse
 
@@ -33,6 +34,8 @@ class Names:
     """Whether the config was checked against the model: then an absent layer is no surprise."""
     serves: tuple[str, ...] = ()
     """Names of the linears of other parts of the model that run this very graph, as far as they are known."""
+    eager_backward: frozenset[str] = frozenset()
+    """Names of parameters that the graph of an autograd.Function's forward reads, whose backward is in no graph."""
 
 
 def rewrite_graph(
@@ -65,6 +68,7 @@ def rewrite_graph(
         pattern = choose(patterns, linear.names)
         if pattern is not None and pattern.scheme is not None:
             chosen.append((linear, pattern))
+    chosen = without_halves(found.linears, chosen, names.eager_backward if names else ())
     refuse(chosen, strict)
     unread = _named_without_linear(graph, patterns, parameters, found.linears)
     if unread and strict:
