@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from .backward import by_number, gradient_outputs, with_backward
-from .derived import Derived, computing_reads, needed_by_outputs, reads_of
+from .derived import Derived, computing_reads, needed_by_outputs, reads_of, scales_of
 from .gemms import Linear, Use, input_of, is_flip, is_move, operands, trace, weight_places
 from .reads import Numbers, assign_reads, backward_reads
 from .shares import Shares
@@ -56,6 +56,8 @@ def complete(
             several = [replace(one, half=_COMPUTED_ANEW if one.output.gemm in anew else "") for one in several]
         gemms = [use for one in several for use in (one.output, *one.again, *one.grad_input, *one.stray)]
         ends = [root for use in gemms if (root := trace(use.operand)[0]) is not weight]
+        if ends:
+            ends += [factor for use in gemms for factor in scales_of(use.gemm, derived)]
         readers = computing_reads(weight, ends, derived, numbered, later) if ends else ()
         several = [_without(replace(one, readers=readers)) for one in several]
         if grad_outputs:

@@ -111,6 +111,20 @@ def computing_reads(
     )
 
 
+def scales_of(gemm: Node, derived: Derived) -> Iterator[Node]:
+    """The factors, computed from inputs of the graph, by which a matmul's result or its operands are multiplied or
+    divided: such as the scale of a quantized weight, which may be computed once more for it."""
+    for following in (lambda node: list(node.users), lambda node: node.all_input_nodes):
+        pending, seen = list(following(gemm)), set()
+        while pending:
+            node = pending.pop()
+            scaled = packet_name(node) in ("mul", "div")
+            if node not in seen and node not in derived.sources and (scaled or is_move(node)):
+                seen.add(node)
+                yield from (one for one in node.all_input_nodes if one in derived.sources)
+                pending += following(node)
+
+
 def reads_of(weight: Node) -> Iterator[Use]:
     """All calls that read a weight, through moves or directly, which are no moves themselves."""
     pending: list[tuple[Node, tuple[Node, ...]]] = [(weight, ())]
