@@ -124,9 +124,7 @@ def with_backward(
         operand = _gradient_of_computed(linear, backward, numbered)
         made = None if operand is None else _grad_weight(operand, backward)
         reason = _COMPUTED if operand is None else ""
-        return replace(
-            linear, grad_operand=operand, grad_output=index, grad_weight=made, unplaced_grad_weight=reason
-        )
+        return replace(linear, grad_operand=operand, grad_output=index, grad_weight=made, unplaced_grad_weight=reason)
     operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls if not one.computes}
     # An op under no_grad carries the number of the op before it: of calls with one number the first has the gradient.
     seq = linear.output.gemm.meta.get("seq_nr")
@@ -144,7 +142,7 @@ _COMPUTED = "grad_weight: that of a weight which the graph computes; left as cap
 
 
 def _position_of_gradient(weight: Node, grad_outputs: Mapping[Any, int]) -> int | None:
-    """Position of a weight's gradient among the outputs; of the one inner tensor of a subclass also that of the whole."""
+    """Position of a weight's gradient among the outputs; that of a subclass may be a plain tensor, as its inner one is."""
     whole, way = unwrapped(weight.meta.get("desc"))
     index = grad_outputs.get((whole, way))
     if index is None and way:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch.fx import Graph, Node
 
 from .backward import by_number, gradient_outputs, with_backward
 from .derived import Derived, computing_reads, needed_by_outputs, reads_of, scales_of
-from .gemms import Linear, Use, input_of, is_flip, is_move, operands, trace, weight_places
+from .gemms import Linear, Use, input_of, is_flip, may_multiply, trace, weight_places
 from .reads import Numbers, assign_reads, backward_reads
 from .shares import Shares
 
@@ -72,11 +71,11 @@ def _backward_reads(graph: Graph, backward: Collection[Node], derived: Derived) 
     reads: dict[Node, list[Use]] = {}
     for node in graph.nodes:
         if node in backward:
-            gemm = bool(weight_places(node))
-            if not gemm and node in derived.sources:
+            if not weight_places(node) and node in derived.sources:
                 continue  # computes something for a GEMM, or a zero gradient
+            multiplies = node.op == "call_function" and may_multiply(node)
             for use, root in backward_reads(node):
-                for weight in {root, *(derived.holds.get(root, ()) if gemm else ())}:
+                for weight in {root, *(derived.holds.get(root, ()) if multiplies else ())}:
                     reads.setdefault(weight, []).append(use)
     return reads
 
@@ -94,7 +93,7 @@ def _computed_anew(
     held = derived.holds.get(weight, frozenset()) - {weight}
     gemms = {one.output.gemm for one in calls}
     again = {use.gemm for source in held for use in reads.get(source, ()) if trace(use.operand)[0] is not weight}
-    return {call for gemm in again if weight_places(gemm) for call in numbers.callers(gemm) if call in gemms}
+    return {call for gemm in again if may_multiply(gemm) for call in numbers.callers(gemm) if call in gemms}
 
 
 def _merged(calls: list[Linear], needed: Collection[Node]) -> list[Linear]:

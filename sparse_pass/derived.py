@@ -81,7 +81,11 @@ def _keeps_elements(node: Node) -> bool:
 
 
 def computing_reads(
-    weight: Node, ends: Iterable[Node], derived: Derived, numbered: Mapping[Any, Sequence[Node]], later: Collection[Node]
+    weight: Node,
+    ends: Iterable[Node],
+    derived: Derived,
+    numbered: Mapping[Any, Sequence[Node]],
+    later: Collection[Node],
 ) -> tuple[Use, ...]:
     """The ops that compute something from a weight on the way to what its matmuls read, each as a `Use` of the weight.
 
@@ -159,4 +163,3 @@ def needed_by_outputs(graph: Graph) -> set[Node] | None:
             needed.add(node)
             pending += node.all_input_nodes
     return needed
-

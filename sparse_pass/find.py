@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .backward import tangent_dependent, unwrapped
 from .calls import complete
 from .derived import Derived, derive
 from .fqn import from_source, normalize
-from .gemms import Linear, Use, aten, is_move, operands, trace, weight_places
+from .gemms import Linear, Use, aten, is_move, may_multiply, operands, trace, weight_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,3 +257,30 @@ def other_readers(graph: Graph, parameter: Node) -> list[str]:
             elif not any(word in str(user.target) for word in ("embedding", "invoke_subgraph")):
                 readers.append(str(user.target))
     return list(dict.fromkeys(readers))
+
+
+def multiplying_readers(parameter: Node) -> list[str]:
+    """Ops that multiply by a parameter, or may do so, as one of another library does: through moves, and through what
+    is computed from it and smaller tensors, such as scales.
+
+    Regions that are compiled by themselves come to the pass as graphs of their own.
+    """
+    pending, seen, readers = [parameter], {parameter}, []
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user in seen or user.op != "call_function" or "invoke_subgraph" in str(user.target):
+                continue
+            seen.add(user)
+            if is_move(user) or _is_larger_than_the_rest(node, user):
+                pending.append(user)
+            elif may_multiply(user):
+                readers.append(str(user.target))
+    return list(dict.fromkeys(readers))
+
+
+def _is_larger_than_the_rest(node: Node, user: Node) -> bool:
+    if torch.Tag.pointwise not in getattr(user.target, "tags", ()):
+        return False
+    others = [value for one in user.all_input_nodes if one is not node and hasattr(value := one.meta["val"], "numel")]
+    return all(statically_known_true(other.numel() < node.meta["val"].numel()) for other in others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,7 +120,7 @@ class Linear:
     ambiguous: str = ""
     """Why the name may not mean this weight."""
     readers: tuple[Use, ...] = ()
-    """What computes something from the weight on the way to its GEMMs, of all its calls: each as the `gemm` of a Use."""
+    """What computes something from the weight on the way to the GEMMs of its calls: each as the `gemm` of a Use."""
     computes: bool = False
     """Whether the GEMM of output reads what ``readers`` computed, and not the weight itself."""
     again: tuple[Use, ...] = ()
@@ -143,6 +144,15 @@ def weight_places(node: Node) -> tuple[tuple[int, Layout], ...]:
     if node.op != "call_function":
         return ()
     return _product_and_sum(node) if node.target is aten.mul.Tensor else _GEMMS.get(node.target, ())
+
+
+_PRODUCTS = re.compile(r"mm|mv|matmul|linear|dot|einsum|attention")
+
+
+def may_multiply(node: Node) -> bool:
+    """Whether an op is a matmul of torch by its name, or of another library, whose ops may do anything."""
+    library, _, name = str(node.target).partition(".")
+    return bool(weight_places(node)) or library not in ("aten", "prims") or bool(_PRODUCTS.search(name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch.fx import Graph, Node
 
-from .gemms import Linear, Use, is_move, operands, trace, weight_places
+from .gemms import Linear, Use, is_move, may_multiply, operands, trace, weight_places
 
 
 class Numbers:
@@ -61,7 +61,7 @@ def assign_reads(
     for read in reads:
         seq = read.gemm.meta.get("seq_nr")
         numbered = [use for use in candidates if seq is not None and use.gemm.meta.get("seq_nr") == seq]
-        if weight_places(read.gemm):
+        if may_multiply(read.gemm):
             same = [use for use in candidates if use.operand in read.chain]
             same = same or [use for use in candidates if use.operand is root] or candidates
             callers = numbers.callers(read.gemm)
@@ -70,7 +70,7 @@ def assign_reads(
             if not found:
                 stray.append(read)
         else:
-            found = numbered  # not a GEMM: only its number says what it is
+            found = numbered  # no matmul: only its number says what it is
         if found and found[0].gemm in given:
             given[found[0].gemm].append(read)
     return given, stray

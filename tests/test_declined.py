@@ -274,7 +274,10 @@ def test_unplaced_backward_of_a_shared_weight(grad_weight: Any) -> None:
     report = rewrite_graph(graph_without_numbers(), parse_config({"w": scheme}), Names(by_input={1: ("w",)}))
     assert {site.reason for site in report.sites} == {"; ".join(["no 2:4 kernels on cpu", *UNPLACED])}
     # Whichever call it belongs to, it reads the masked weight, as all of them do; the row of the last one has it.
-    assert [(site.grad_input, site.grad_weight) for site in report.sites] == [(None, "dense"), ("masked_dense", "dense")]
+    assert [(site.grad_input, site.grad_weight) for site in report.sites] == [
+        (None, "dense"),
+        ("masked_dense", "dense"),
+    ]
 
 
 @pytest.mark.parametrize("described", [True, False], ids=["outputs described", "outputs not described"])

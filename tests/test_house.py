@@ -29,7 +29,7 @@ ALLOWED = {
     "recompiles": "",
     "regions": "config fqn model_names",
     "graph_pass": "config fqn legal lowering report rewrite_graph",
-    "rewrite_graph": "config find fqn gemms halves report rewrite_linear",
+    "rewrite_graph": "config find fqn gemms halves legal report rewrite_linear",
     "halves": "config fqn gemms legal",
     "rewrite_linear": "activation config editor fqn gemms gradient legal profit report rewriter",
     "activation": "editor fusion gemms gradient input_ops ops",

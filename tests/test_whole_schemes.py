@@ -7,17 +7,30 @@ same modules with S(W) in the place of W.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import Result, errors, fresh_compile, invariants_checked, mask_by_hand, relative_error, run
+from graph_printer import capture
+from support import (
+    TOLERANCE,
+    OwnLinear,
+    Result,
+    errors,
+    fresh_compile,
+    invariants_checked,
+    mask_by_hand,
+    relative_error,
+    run,
+)
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import sparse_pass as sp
+from sparse_pass.fqn import parse_config
+from sparse_pass.rewrite_graph import Names, rewrite_graph
 
 W24 = sp.WeightSparsity()
 COMPUTES = "the GEMM reads what the graph computes from the weight"
@@ -272,7 +285,7 @@ def test_gradients_of_a_weight_masked_at_its_root(way: str, changed: dict[str, A
 def test_a_gradient_with_other_parts_is_not_masked_in_silence(scheme: sp.WeightSparsity, strict: bool) -> None:
     model, index = Regularized(fake_quantized).double(), torch.randint(16, (16,))
     backend = sp.sparse_backend({"*": scheme}, model=model, inner="aot_eager", strict=strict)
-    with pytest.raises(Exception, match="'fc'.* changes grad_weight, but grad_weight: .*left as captured"):
+    with pytest.raises(Exception, match=r"'fc'.* changes grad_weight, but grad_weight: .*left as captured"):
         torch.compile(model, backend=backend)(leaf(16, 16), index)
 
 
@@ -365,3 +378,358 @@ def test_torchao(convert: Callable[[nn.Module], nn.Module]) -> None:
     rows = [(site.fqn, site.status, site.output, site.grad_input, site.grad_weight) for site in backend.report.sites]
     masked = ("masked_dense",) * 3
     assert rows == [("0", *masked, "dense"), ("2", *masked, "dense")]
+
+
+# What is not whole is not begun
+
+
+class Recomputing(torch.autograd.Function):
+    """Computes the weight in the forward and again in the backward, of a direction and a length."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(x, g, v)
+        return x @ (g * v / v.norm(dim=1, keepdim=True)).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, g, v = ctx.saved_tensors
+        return grad @ (g * v / v.norm(dim=1, keepdim=True)), g, v  # gradients of no meaning, of the right shape
+
+
+class WeightNorm(nn.Linear):
+    """Without a weight of its own, as torch.nn.utils.weight_norm leaves it."""
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__(k, n, bias=False)
+        self.weight_g = nn.Parameter(self.weight.detach().norm(dim=1, keepdim=True))
+        self.weight_v = nn.Parameter(self.weight.detach().clone())
+        del self._parameters["weight"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Recomputing.apply(x, self.weight_g, self.weight_v)
+
+
+def test_a_weight_without_a_stored_one_that_the_backward_computes_anew() -> None:
+    model, x = nn.Sequential(nn.Tanh(), WeightNorm(16, 8)).double(), leaf(4, 8)
+    backend = sp.sparse_backend({"re:1": W24}, model=model, inner="aot_eager")
+    actual = run(torch.compile(model, backend=backend), dict(model.named_parameters()), [x])
+    assert_equal(actual, run(model, dict(model.named_parameters()), [x]))
+    (site,) = backend.report.sites
+    assert (site.fqn, site.status, site.output, site.grad_input) == ("1", "skipped", "dense", None)
+    assert site.reason == "the backward multiplies by what it computes anew, and not by the weight that output reads"
+
+
+def test_that_is_an_error_where_named_exactly() -> None:
+    model = nn.Sequential(nn.Tanh(), WeightNorm(16, 8))
+    backend = sp.sparse_backend({"1": W24}, model=model, inner="aot_eager")
+    with pytest.raises(Exception, match=r"'1' \(named exactly\): the backward multiplies by what it computes anew"):
+        torch.compile(model, backend=backend)(leaf(4, 8, dtype=torch.float32))
+
+
+class Twice(torch.autograd.Function):
+    """Two products with one weight: which of its backward matmuls belongs to which, no number tells."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.t() + torch.tanh(x) @ w.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad @ w + (grad @ w) * (1 - torch.tanh(x) ** 2), grad.t() @ x + grad.t() @ torch.tanh(x)
+
+
+@pytest.mark.parametrize(
+    "scheme", [W24, sp.WeightSparsity(grad_weight="masked"), sp.WeightSparsity(decay=0.5)], ids=str
+)
+@pytest.mark.parametrize("shape", [(32, 64), (64, 64)], ids=str)
+def test_two_products_in_one_function(shape: tuple[int, int], scheme: sp.WeightSparsity) -> None:
+    """Of a square weight the shape does not tell in which layout a gradient is."""
+    model = nn.Sequential(nn.Tanh(), QLinear(*shape, Twice.apply)).double()
+    actual, expected, report = both(model, ("1",), leaf(8, 64), scheme=scheme)
+    weight, gradient = model[1].weight.detach(), expected.gradients["1.weight"]
+    mask = sp.mask24(weight)
+    assert gradient is not None
+    if scheme.grad_weight == "masked":
+        gradient = torch.where(mask, gradient, 0)
+    expected.gradients["1.weight"] = gradient + torch.where(mask, 0, weight) * scheme.decay
+    assert_equal(actual, expected)
+    assert {site.status for site in report.sites} == {"masked_dense"}
+    assert "masked_dense" in [site.grad_input for site in report.sites]
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 64)], ids=str)
+def test_masked_gradient_of_a_function_that_returns_it_as_the_weight_is_laid_out(shape: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.Tanh(), QLinear(*shape, OwnLinear.apply)).double()
+    actual, expected, _ = both(model, ("1",), leaf(8, 64), scheme=sp.WeightSparsity(grad_weight="masked"))
+    gradient = expected.gradients["1.weight"]
+    assert gradient is not None
+    expected.gradients["1.weight"] = torch.where(sp.mask24(model[1].weight), gradient, 0)
+    assert_equal(actual, expected)
+
+
+EAGER = (
+    "its autograd.Function is not traced by Dynamo: forward is compiled alone and backward runs eagerly, with the"
+    " dense weight (TORCH_LOGS=graph_breaks says why)"
+)
+
+
+@pytest.mark.parametrize("scheme", [W24, sp.ActivationSparsity()], ids=str)
+def test_a_backward_that_runs_eagerly(scheme: Any) -> None:
+    """As the backend says of a parameter: a layer beside it is masked all the same."""
+    captured = capture(
+        nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8)), [torch.randn(4, 8)], {"re:.*": scheme}
+    )
+    names = Names(
+        by_input={0: ("0.weight",), 1: ("0.weight",), 2: ("1.weight",)}, eager_backward=frozenset({"0.weight"})
+    )
+    graph = captured.before.graph
+    by_name = {row.fqn: row for row in rewrite_graph(graph, parse_config({"re:.*": scheme}), names).sites}
+    assert (by_name["0"].status, by_name["0"].reason, by_name["0"].output) == ("skipped", EAGER, "dense")
+    for name, strict in (("0", False), ("re:.*", True)):
+        with pytest.raises(ValueError, match=re.escape(EAGER)):
+            rewrite_graph(captured.before.graph, parse_config({name: scheme}), names, strict=strict)
+
+
+# A linear and its loss in one function, which computes the gradients in its forward
+
+
+class Fused(torch.autograd.Function):
+    """Cross entropy of ``x @ w.t()``, as Liger fuses it: in chunks of tokens, with the gradients on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, chunks: int) -> Tensor:
+        loss = x.new_zeros(())
+        grad_x, grad_w, grad_b = [], torch.zeros_like(w), None if b is None else torch.zeros_like(b)
+        for rows, wanted in zip(x.chunk(chunks), target.chunk(chunks), strict=True):
+            logits = rows @ w.t() if b is None else torch.addmm(b, rows, w.t())
+            p, onehot = logits.softmax(-1), F.one_hot(wanted, w.shape[0]).to(x.dtype)
+            loss = loss - (p.log() * onehot).sum()
+            grad_logits = p - onehot
+            grad_x.append(grad_logits @ w)
+            grad_w = torch.addmm(grad_w, grad_logits.t(), rows) if chunks == 2 else grad_w + grad_logits.t() @ rows
+            if grad_b is not None:
+                grad_b = grad_b + grad_logits.sum(0)
+        ctx.save_for_backward(torch.cat(grad_x), grad_w, grad_b)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        grad_x, grad_w, grad_b = ctx.saved_tensors
+        return grad_x * grad, grad_w * grad, None if grad_b is None else grad_b * grad, None, None
+
+
+class Head(nn.Module):
+    def __init__(self, n: int, chunks: int, bias: bool) -> None:
+        super().__init__()
+        self.lm_head, self.chunks = nn.Linear(32, n, bias=bias), chunks
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return Fused.apply(x.tanh(), self.lm_head.weight, self.lm_head.bias, target, self.chunks)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [W24, sp.WeightSparsity(grad_weight="masked"), sp.WeightSparsity(grad_weight="masked", decay=0.5)],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize("n", [48, 32])
+def test_linear_fused_with_its_loss(n: int, chunks: int, bias: bool, scheme: sp.WeightSparsity) -> None:
+    """Both matmuls with the weight read S(W): the second is no linear, but the gradient of the first one's input."""
+    model, target = Head(n, chunks, bias).double(), torch.arange(8)
+    actual, expected, report = both(model, ("lm_head",), leaf(8, 32), target, scheme=scheme, strict=True)
+    weight, gradient = model.lm_head.weight.detach(), expected.gradients["lm_head.weight"]
+    assert gradient is not None
+    mask = sp.mask24(weight)
+    if scheme.grad_weight == "masked":
+        gradient = torch.where(mask, gradient, 0)
+    # The gradient from outside is another number than one.
+    expected.gradients["lm_head.weight"] = gradient + torch.where(mask, 0, weight) * scheme.decay
+    assert_equal(actual, expected)
+    rows = [(site.fqn, site.shape, site.output, site.grad_input, site.grad_weight) for site in report.sites]
+    masked = ("masked_dense", "masked_dense")
+    assert rows == [("lm_head", (8 // chunks, n, 32), *masked, "dense")] * chunks
+
+
+def test_mvue_of_a_linear_fused_with_its_loss() -> None:
+    """Not found: dense with the reason, and an error under strict."""
+    scheme, x, target = sp.WeightSparsity(grad_weight="mvue"), leaf(8, 32), torch.arange(8)
+    model = Head(48, 2, False).double()
+    actual, expected, report = both(model, ("lm_head",), x, target, scheme=scheme)
+    assert_equal(actual, expected)
+    assert {site.grad_weight for site in report.sites} == {"dense"}
+    assert all("grad_weight: not found in the graph; left as captured" in site.reason for site in report.sites)
+    with pytest.raises(Exception, match="grad_weight: not found in the graph"):
+        both(model, ("lm_head",), x, target, scheme=scheme, strict=True)
+
+
+@pytest.mark.parametrize("scheme", [sp.ActivationSparsity(), (W24, sp.ActivationSparsity())], ids=str)
+@pytest.mark.parametrize("n", [48, 32])
+def test_inputs_of_a_linear_fused_with_its_loss(n: int, scheme: Any) -> None:
+    """Neither those nor the gradient of the logits are masked, as grad_weight would not be."""
+    model, x, target = Head(n, 2, False).double(), leaf(8, 32), torch.arange(8)
+    backend = sp.sparse_backend({"re:.*": scheme}, model=model, inner="aot_eager")
+    actual = run(torch.compile(model, backend=backend), dict(model.named_parameters()), [x, target])
+    assert_equal(actual, run(model, dict(model.named_parameters()), [x, target]))
+    assert {(site.status, site.reason) for site in backend.report.sites} == {
+        ("skipped", "grad_weight: not found in the graph; left as captured")
+    }
+    with pytest.raises(Exception, match=r"'lm_head' \(named exactly\): grad_weight: not found in the graph"):
+        both(model, ("lm_head",), x, target, scheme=scheme)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_fused_with_its_loss_in_kernels(dtype: torch.dtype, inner: Any) -> None:
+    """S(W)^T is read in the forward, which has to make it then."""
+    model = Head(64, 2, False)
+    model.lm_head = nn.Linear(64, 64, bias=False)
+    model.to(dtype)
+    reference = pruned(model, "lm_head")
+    scheme = sp.WeightSparsity(backend="cusparselt")
+    backend = sp.sparse_backend({"lm_head": scheme}, model=model, inner=inner)
+    inputs = [leaf(8, 64, dtype=dtype), torch.arange(8)]
+    with invariants_checked():
+        actual = run(torch.compile(model, backend=backend), dict(model.named_parameters()), inputs)
+    expected = run(reference, dict(reference.named_parameters()), inputs)
+    assert max(errors(actual, expected).values()) < TOLERANCE[dtype]
+    kernel = "reference" if dtype == torch.bfloat16 else "masked_dense"
+    assert {(site.output, site.grad_input) for site in backend.report.sites} == {(kernel, kernel)}
+
+
+def test_a_tied_decoder_is_no_gradient() -> None:
+    """Its output is an output of the graph: a call of its own."""
+    model = QLinear(16, 32, lambda x, w: (x.sin() @ w.t()).tanh() @ w).double()
+    tied = nn.Sequential(model, nn.Tanh())
+    actual, expected, report = both(tied, ("0",), leaf(8, 32))
+    assert max(errors(actual, expected).values()) < 1e-15
+    assert [(site.shape, site.grad_input) for site in report.sites] == [
+        ((8, 16, 32), "masked_dense"),
+        ((8, 32, 16), "masked_dense"),
+    ]
+
+
+class Checkpointed(torch.autograd.Function):
+    """Computes its output once more in the backward, for the gradient of an activation function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return torch.tanh(x @ w.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        inner = grad * (1 - torch.tanh(x @ w.t()) ** 2)
+        return inner @ w, inner.t() @ x
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 64)], ids=str)
+def test_an_output_that_the_backward_computes_anew(shape: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.Tanh(), QLinear(*shape, Checkpointed.apply)).double()
+    actual, expected, report = both(model, ("1",), leaf(8, 64))
+    assert_equal(actual, expected)
+    rows = [(site.shape, site.output, site.grad_input, site.grad_weight) for site in report.sites]
+    assert rows == [((8, *shape), "masked_dense", "masked_dense", "dense")]
+    backend = sp.sparse_backend({"*": sp.ActivationSparsity()}, model=model, inner="aot_eager")
+    with fresh_compile():
+        torch.compile(model, backend=backend)(leaf(8, 64))
+    (site,) = backend.report.sites
+    assert (site.status, site.reason) == ("skipped", "the backward computes the output anew, from the dense input")
+
+
+# Gradients and weights that the report left out
+
+
+def test_gradient_of_a_subclass_that_is_no_subclass() -> None:
+    """torchao's int8 mixed precision: the weight is a subclass of one tensor, and its gradient a plain tensor."""
+    quantized_training = pytest.importorskip("torchao.prototype.quantized_training")
+    from torchao.quantization import quantize_
+
+    model, x = nn.Sequential(nn.Tanh(), nn.Linear(64, 32, bias=False)), leaf(8, 64, dtype=torch.float32)
+    reference, scheme = pruned(model, "1"), sp.WeightSparsity(grad_weight="masked")
+    mask = sp.mask24(model[1].weight.detach())
+    quantize_(model, quantized_training.int8_mixed_precision_training())
+    backend = sp.sparse_backend({"1": scheme}, model=model, inner="aot_eager")
+    output = torch.compile(model, backend=backend)(x)
+    output.sum().backward()
+    (site,) = backend.report.sites
+    assert (site.output, site.grad_input, site.grad_weight) == ("masked_dense", "masked_dense", "dense")
+    reference(x).sum().backward()
+    expected = torch.where(mask, reference[1].weight.grad, 0)
+    torch.testing.assert_close(torch.as_tensor(model[1].weight.grad), expected)
+
+
+class Experts(nn.Module):
+    """A grouped matmul, a convolution and a table of positions: all of three dims."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.w1 = nn.Parameter(torch.randn(4, 16, 8))
+        self.positions = nn.Parameter(torch.randn(1, 16, 8))
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv((x + self.positions)[0].t()).t()
+        if self.how == "bmm":
+            return torch.bmm(x.reshape(4, 4, 8), self.w1.transpose(-1, -2))
+        ends = torch.arange(1, 5, dtype=torch.int32) * 4
+        weight = self.w1 * 2 if self.how == "scaled" else self.w1
+        return torch._grouped_mm(x.bfloat16(), weight.bfloat16().transpose(-1, -2), offs=ends)
+
+
+@pytest.mark.parametrize("scheme", [W24, sp.ActivationSparsity()], ids=str)
+@pytest.mark.parametrize("how", ["bmm", "grouped", "scaled"])
+def test_experts_are_skipped_with_the_reason(how: str, scheme: Any) -> None:
+    model, x = Experts(how), leaf(16, 8, dtype=torch.float32)
+    reason = "the weight has shape [4, 16, 8]: 2:4 masks are defined for 2-D weights"
+    reader = "" if how == "bmm" else "; it is read by aten._grouped_mm.default"
+    backend = sp.sparse_backend({"re:.*": scheme}, inner="aot_eager")
+    torch.compile(model, backend=backend)(x).float().sum().backward()
+    (site,) = backend.report.sites
+    assert (site.fqn, site.status, site.reason) == ("w1", "skipped", reason + reader)
+    for name, strict in (("w1", False), ("re:.*", True)):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=re.escape(reason + reader)):
+            torch.compile(model, backend=sp.sparse_backend({name: scheme}, inner="aot_eager", strict=strict))(x)
+
+
+@torch.library.custom_op("sparse_pass_tests::grad_input", mutates_args=())
+def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad @ weight
+
+
+@grad_input.register_fake
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[0], weight.shape[1])
+
+
+class ByAnotherLibrary(OwnLinear):
+    """Its backward multiplies by an op that only its library knows."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad_input(grad, w), grad.t() @ x
+
+
+class QuantizedByAnotherLibrary(Quantizing):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad_input(grad, quantized(w)), grad.t() @ x
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("function", [ByAnotherLibrary, QuantizedByAnotherLibrary], ids=lambda f: f.__name__)
+def test_a_backward_by_an_op_of_another_library(function: Any, calls: int) -> None:
+    layers = [QLinear(16, 16, function.apply)] * calls
+    model = nn.Sequential(nn.Tanh(), *layers).double()
+    actual, expected, report = both(model, ("1", "2")[:calls], leaf(8, 16))
+    assert_equal(actual, expected)
+    assert [(site.output, site.grad_input) for site in report.sites] == [("masked_dense", "masked_dense")] * calls
