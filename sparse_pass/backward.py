@@ -133,11 +133,11 @@ def with_backward(
     if operand is None and any(found is not None for found in operands.values()):
         return linear  # a call without a gradient, beside one that has it
     if operand is None:
-        reason = "grad_weight: not found in the graph; left as captured"
-        return replace(linear, grad_output=index, unplaced_grad_weight=reason)
+        return replace(linear, grad_output=index, unplaced_grad_weight=NOT_FOUND)
     return replace(linear, grad_operand=operand, grad_output=index, grad_weight=_grad_weight(operand, backward))
 
 
+NOT_FOUND = "grad_weight: not found in the graph; left as captured"
 _COMPUTED = "grad_weight: that of a weight which the graph computes; left as captured"
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch.fx import Graph, Node
 
-from .backward import by_number, gradient_outputs, with_backward
+from .backward import NOT_FOUND, by_number, gradient_outputs, with_backward
 from .derived import Derived, computing_reads, needed_by_outputs, reads_of, scales_of
 from .gemms import Linear, Use, input_of, is_flip, may_multiply, trace, weight_places
 from .reads import Numbers, assign_reads, backward_reads
@@ -155,6 +155,8 @@ def _with_shares(
     gradient: Node = weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
     shares = Shares(gradient, {one.output.gemm for one in calls}, reads, later, numbers)
     placed = [one for one in calls if one.grad_operand is not None]
+    if len(placed) < len(shares.products):
+        calls = [one if one.has_gradient else replace(one, unplaced_grad_weight=NOT_FOUND) for one in calls]
     all_placed = len(placed) == len(shares.products) and not any(
         one.computes or one.unplaced_grad_weight for one in calls
     )

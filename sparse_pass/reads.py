@@ -73,6 +73,11 @@ def assign_reads(
             found = numbered  # no matmul: only its number says what it is
         if found and found[0].gemm in given:
             given[found[0].gemm].append(read)
+    # The backward of several calls of an autograd function may carry the number of the last.
+    crowded = [gemm for gemm, several in given.items() if sum(may_multiply(read.gemm) for read in several) > 1]
+    if crowded and not all(given.values()):
+        stray += [read for gemm in crowded for read in given[gemm]]
+        given.update({gemm: [] for gemm in crowded})
     return given, stray
 
 
