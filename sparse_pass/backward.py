@@ -142,7 +142,7 @@ _COMPUTED = "grad_weight: that of a weight which the graph computes; left as cap
 
 
 def _position_of_gradient(weight: Node, grad_outputs: Mapping[Any, int]) -> int | None:
-    """Position of a weight's gradient among the outputs; that of a subclass may be a plain tensor, as its inner one is."""
+    """Position of a weight's gradient among the outputs. That of a subclass of one inner tensor may be plain."""
     whole, way = unwrapped(weight.meta.get("desc"))
     index = grad_outputs.get((whole, way))
     if index is None and way:

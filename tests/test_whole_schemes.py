@@ -482,15 +482,15 @@ def test_a_backward_that_runs_eagerly(scheme: Any) -> None:
     captured = capture(
         nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8)), [torch.randn(4, 8)], {"re:.*": scheme}
     )
-    names = Names(
-        by_input={0: ("0.weight",), 1: ("0.weight",), 2: ("1.weight",)}, eager_backward=frozenset({"0.weight"})
-    )
+    by_input = {0: ("0.weight",), 2: ("1.weight",)}
+    names = Names(by_input=by_input, eager_backward=frozenset({"0.weight"}))
     graph = captured.before.graph
     by_name = {row.fqn: row for row in rewrite_graph(graph, parse_config({"re:.*": scheme}), names).sites}
     assert (by_name["0"].status, by_name["0"].reason, by_name["0"].output) == ("skipped", EAGER, "dense")
+    assert (by_name["1"].status, by_name["1"].output) == ("masked_dense", "masked_dense")
     for name, strict in (("0", False), ("re:.*", True)):
         with pytest.raises(ValueError, match=re.escape(EAGER)):
-            rewrite_graph(captured.before.graph, parse_config({name: scheme}), names, strict=strict)
+            rewrite_graph(graph, parse_config({name: scheme}), names, strict=strict)
 
 
 # A linear and its loss in one function, which computes the gradients in its forward
