@@ -73,9 +73,10 @@ def _backward_reads(graph: Graph, backward: Collection[Node], derived: Derived) 
         if node in backward:
             if not weight_places(node) and node in derived.sources:
                 continue  # computes something for a GEMM, or a zero gradient
-            multiplies = node.op == "call_function" and may_multiply(node)
             for use, root in backward_reads(node):
-                for weight in {root, *(derived.holds.get(root, ()) if multiplies else ())}:
+                reads.setdefault(root, []).append(use)
+                held = derived.holds.get(root, frozenset()) - {root}
+                for weight in held if held and may_multiply(node) else ():
                     reads.setdefault(weight, []).append(use)
     return reads
 
