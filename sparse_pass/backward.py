@@ -7,7 +7,7 @@ several share a weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +21,9 @@ from .gemms import (
     Use,
     aten,
     input_of,
+    is_flip,
     is_move,
     made_by,
-    operands,
     packet_name,
     trace,
     weight_places,
@@ -90,9 +90,9 @@ def with_backward(
     linear: Linear,
     calls: Sequence[Linear],
     grad_input: Sequence[Use],
+    stray: Sequence[Use],
     grad_outputs: Mapping[Any, int] | None,
     backward: set[Node],
-    lost: bool,
     numbered: Mapping[Any, Sequence[Node]],
 ) -> Linear:
     """Add the backward GEMMs of one call.
@@ -100,26 +100,32 @@ def with_backward(
     Args:
         calls: all calls of its weight, in graph order.
         grad_input: the backward reads of the weight that `assign_reads` gave to this call.
+        stray: those that it gave to nobody.
         backward: the nodes that need a gradient from outside.
-        lost: a backward GEMM that reads the weight was given to nobody.
         numbered: the calls of the graph by sequence number, in graph order.
     """
-    unplaced = "grad_input: a backward GEMM of the weight belongs to none of its calls; left dense" if lost else ""
-    linear = replace(linear, grad_input=tuple(grad_input), unplaced_grad_input=unplaced)
+    unplaced = "grad_input: a backward GEMM of the weight may belong to any of its calls"
+    linear = replace(
+        linear, grad_input=tuple(grad_input), stray=tuple(stray), unplaced_grad_input=unplaced if stray else ""
+    )
     if grad_outputs is None:
         reason = "grad_weight: the graph does not describe its outputs; left as captured"
         return replace(linear, unplaced_grad_weight=reason)
-    index = grad_outputs.get(unwrapped(linear.weight.meta.get("desc")))
+    index = _position_of_gradient(linear.weight, grad_outputs)
     if index is None:
         if linear.weight.op == "call_function" and _reaches_gradient(linear.weight, grad_outputs):
             operand = _gradient_of_computed(linear, backward, numbered)
             if operand is None:
-                reason = "grad_weight: that of a weight which the graph computes; left as captured"
-                return replace(linear, unplaced_grad_weight=reason)
+                return replace(linear, unplaced_grad_weight=_COMPUTED)
             return replace(linear, grad_operand=operand, grad_weight=_grad_weight(operand, backward))
         return linear
     gradient: Node = linear.weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
-    operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls}
+    if linear.computes:
+        operand = _gradient_of_computed(linear, backward, numbered)
+        made = None if operand is None else _grad_weight(operand, backward)
+        reason = _COMPUTED if operand is None else ""
+        return replace(linear, grad_operand=operand, grad_output=index, grad_weight=made, unplaced_grad_weight=reason)
+    operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls if not one.computes}
     # An op under no_grad carries the number of the op before it: of calls with one number the first has the gradient.
     seq = linear.output.gemm.meta.get("seq_nr")
     first = next(one.output.gemm for one in calls if one.output.gemm.meta.get("seq_nr") == seq)
@@ -127,58 +133,24 @@ def with_backward(
     if operand is None and any(found is not None for found in operands.values()):
         return linear  # a call without a gradient, beside one that has it
     if operand is None:
-        reason = "grad_weight: not found in the graph; left as captured"
-        return replace(linear, grad_output=index, unplaced_grad_weight=reason)
+        return replace(linear, grad_output=index, unplaced_grad_weight=NOT_FOUND)
     return replace(linear, grad_operand=operand, grad_output=index, grad_weight=_grad_weight(operand, backward))
 
 
-def assign_reads(
-    reads: Sequence[Use], calls: Sequence[Linear], others: Sequence[Use], order: Mapping[Node, int]
-) -> tuple[dict[Node, list[Use]], bool]:
-    """Give each backward read of a weight to the one forward GEMM whose gradient it computes.
-
-    A backward GEMM reads what the forward one read: the forward operand is in its chain. Where several
-    forward GEMMs read the very same node, the sequence number decides, and of equal numbers the first,
-    since an op under no_grad carries the number of the op before it.
-
-    Args:
-        calls: the linears of the weight. others: forward GEMMs that read it and are no linears.
-        order: place of each node in the graph.
-
-    Returns:
-        The reads of each linear's GEMM, and whether a GEMM was left over.
-    """
-    candidates = sorted([*(one.output for one in calls), *others], key=lambda use: order[use.gemm])
-    root = calls[0].weight
-    given: dict[Node, list[Use]] = {one.output.gemm: [] for one in calls}
-    lost = False
-    for read in reads:
-        seq = read.gemm.meta.get("seq_nr")
-        numbered = [use for use in candidates if seq is not None and use.gemm.meta.get("seq_nr") == seq]
-        if weight_places(read.gemm):
-            same = [use for use in candidates if use.operand in read.chain]
-            same = same or [use for use in candidates if use.operand is root] or candidates
-            found = [use for use in same if use in numbered] or (same if len(same) == 1 else numbered)
-            lost |= not found
-        else:
-            found = numbered  # not a GEMM: only its number says what it is
-        if found and found[0].gemm in given:
-            given[found[0].gemm].append(read)
-    return given, lost
+NOT_FOUND = "grad_weight: not found in the graph; left as captured"
+_COMPUTED = "grad_weight: that of a weight which the graph computes; left as captured"
 
 
-def backward_reads(node: Node) -> Iterator[tuple[Use, Node]]:
-    """What a backward node reads, each with the node that it was made from.
-
-    Of a GEMM the operands that may be a weight; of another op all, since what is a product and a sum in the
-    forward (`weight_places`) can have a grad_input of another form.
-    """
-    if weight_places(node):
-        yield from ((use, root) for use, root, _ in operands(node))
-    elif node.op == "call_function" and not is_move(node):
-        for operand in node.all_input_nodes:
-            root, chain = trace(operand)
-            yield Use(node, operand, chain), root
+def _position_of_gradient(weight: Node, grad_outputs: Mapping[Any, int]) -> int | None:
+    """Position of a weight's gradient among the outputs. That of a subclass of one inner tensor may be plain."""
+    whole, way = unwrapped(weight.meta.get("desc"))
+    index = grad_outputs.get((whole, way))
+    if index is None and way:
+        index = grad_outputs.get((whole, ()))
+        if index is not None:
+            gradient: Node = weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
+            index = index if gradient.meta["val"].shape == weight.meta["val"].shape else None
+    return index
 
 
 def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
@@ -187,20 +159,22 @@ def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
     if seq is None:
         return None
     shape = linear.output.operand.meta["val"].shape
-    pending, seen = [gradient], set()
+    turned = sum(map(is_flip, linear.output.chain)) % 2
+    pending, seen = [(gradient, 0)], set()
     while pending:
-        node = pending.pop()
+        node, flips = pending.pop()
         if node in seen:
             continue
         seen.add(node)
         # In the autograd node of the GEMM the last node has the operand's own layout. The sum of several
-        # gradients is no part of it, although it gets the number of the node that ran last.
+        # gradients is no part of it, although it gets the number of the node that ran last. An autograd function
+        # gives the gradient in the layout of the weight, which the shape of a square one does not tell.
         value = node.meta.get("val")
         same = node.meta.get("seq_nr") == seq and isinstance(value, torch.Tensor) and value.shape == shape
-        if same and packet_name(node) != "add":
+        if same and packet_name(node) != "add" and flips % 2 == turned:
             return node
         if packet_name(node) in _GRAD_MOVES:
-            pending += node.all_input_nodes
+            pending += [(one, flips + is_flip(node)) for one in node.all_input_nodes]
     return None
 
 

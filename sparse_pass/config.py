@@ -51,8 +51,9 @@ class WeightSparsity:
 
     decay: float = 0.0
     """Masked decay of SR-STE (Zhou et al. 2021): adds ``decay * weight`` to the gradient of the weights
-    that the mask drops, once per weight and compiled graph. It is part of the gradient: a loss scaler
-    scales it down with the rest, so multiply it by the scale or train in bfloat16. 0 turns it off."""
+    that the mask drops, once per weight and compiled graph, in each backward. It is part of the gradient: where
+    several micro-steps accumulate one, each of n adds it, so divide it by n, as the loss; a loss scaler scales it
+    down with the rest, so multiply it by the scale or train in bfloat16. 0 turns it off."""
 
     backend: Backend = "auto"
     """``"auto"``: cuSPARSELt where it can run, else masked_dense. ``"cusparselt"``: the same, and on a CPU

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .backward import (
-    assign_reads,
-    backward_reads,
-    by_number,
-    gradient_outputs,
-    tangent_dependent,
-    unwrapped,
-    with_backward,
-)
+from .backward import tangent_dependent, unwrapped
+from .calls import complete
+from .derived import Derived, derive
 from .fqn import AllNames, from_source, normalize
-from .gemms import Linear, Use, aten, is_move, operands, trace, weight_places
+from .gemms import Linear, Use, aten, is_move, may_multiply, operands, trace, weight_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,38 +37,22 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
             weights only where a linear module reads them.
     """
     backward = tangent_dependent(graph)
+    derived = derive(graph, backward)
     forward: list[Linear] = []
-    reads: dict[Node, list[Use]] = {}
     # Forward GEMMs that read a weight and are no linears: their backward is not the linear's.
     others: dict[Node, list[Use]] = {}
     stacks: set[bool] = set()
     for node in graph.nodes:
-        if node in backward:
-            for use, root in backward_reads(node):
-                reads.setdefault(root, []).append(use)
-        elif weight_places(node):
+        if node not in backward and weight_places(node):
             stacks.add(bool(node.meta.get("nn_module_stack")))
-            linear = _forward_linear(node, parameters)
+            linear = _forward_linear(node, parameters, derived)
             if linear is not None:
                 forward.append(linear)
             else:
                 for use, root, _ in operands(node):
-                    others.setdefault(root, []).append(use)
-    sharing: dict[Node, list[Linear]] = {}
-    for linear in forward:
-        sharing.setdefault(linear.weight, []).append(linear)
-    if backward:
-        grad_outputs, numbered = gradient_outputs(graph), by_number(graph)
-        order = {node: place for place, node in enumerate(graph.nodes)}
-        given = {
-            weight: assign_reads(reads.get(weight, ()), calls, others.get(weight, ()), order)
-            for weight, calls in sharing.items()
-        }
-        forward = [
-            with_backward(one, sharing[one.weight], by_call[one.output.gemm], grad_outputs, backward, lost, numbered)
-            for one in forward
-            for by_call, lost in [given[one.weight]]
-        ]
+                    for weight in {root, *derived.holds.get(root, ())}:
+                        others.setdefault(weight, []).append(use)
+    forward = complete(graph, forward, others, backward, derived)
     return Found(_tell_apart(forward, parameters), stacks == {False})
 
 
@@ -99,19 +80,26 @@ def _tell_apart(linears: list[Linear], parameters: Mapping[Node, tuple[str, ...]
     )
 
 
-def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> Linear | None:
+def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]], derived: Derived) -> Linear | None:
     stack = list((gemm.meta.get("nn_module_stack") or {}).values())
     module, kind = (from_source(stack[-1][0]), stack[-1][1]) if stack else ("", None)
     in_linear = _is_linear_module(kind)
-    # A linear module may multiply from the left: then what stands in the usual place is the input.
-    for use, root, layout in sorted(operands(gemm), key=lambda one: not _owners(parameters.get(one[1], ()), module)):
-        known = parameters.get(root)
+    read = [
+        (use, weight, layout, weight is not root)
+        for use, root, layout in operands(gemm)
+        for weight in [_computed_from(root, parameters, derived, module if in_linear else None) or root]
+    ]
+    # A linear module may multiply from the left: then what stands in the usual place is the input. A weight that is
+    # read as it is comes before one that something is computed from, which may be an input that a table was added to.
+    read.sort(key=lambda one: (not _owners(parameters.get(one[1], ()), module), one[3] and not in_linear))
+    for use, weight, layout, computes in read:
+        known = parameters.get(weight)
         canonical = use.operand is gemm.args[weight_places(gemm)[0][0]]
         if known is not None:
             names = _names(known, module, in_linear)
             if in_linear:
                 # A table of embeddings that the linear shares goes by the linear's name here.
-                tables = _lookups(root)
+                tables = _lookups(weight)
                 names = tuple(name for name in names if name.removesuffix(".weight") not in tables)
         elif in_linear and module and canonical:
             names = (module,)
@@ -119,16 +107,65 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]]) -> L
             continue
         if not names:
             continue
-        if root.target is aten.where.self and str(getattr(root.args[0], "target", "")).startswith("sparse_pass."):
-            return None  # an earlier pass has masked this weight
-        if sum(trace(other)[0] is root for other in gemm.args if isinstance(other, Node)) > 1:
+        if trace(use.operand)[0] in derived.masked:
+            return None
+        sources = [trace(other)[0] for other in gemm.args if isinstance(other, Node)]
+        if sum(weight in {source, *derived.holds.get(source, ())} for source in sources) > 1:
             return None  # a weight times itself, as in a regularizer, is no linear
         value = use.operand.meta["val"]
         if value.dim() < 2:
             continue
         n, k = value.shape[-2:] if layout == "nk" else reversed(value.shape[-2:])
-        return Linear(names, root, use, layout, (_rows(gemm, n, k), n, k))
+        return Linear(names, weight, use, layout, (_rows(gemm, n, k), n, k), computes=computes)
     return None
+
+
+def _computed_from(
+    root: Node, parameters: Mapping[Node, tuple[str, ...]], derived: Derived, linear_module: str | None
+) -> Node | None:
+    """The one stored weight that the graph computes ``root`` from, as a quantizer does; None if there is none.
+
+    What `weight_norm` and other parametrizations compute has no stored weight of its own: several tensors make it, or
+    one by another name.
+
+    Args:
+        linear_module: name of the linear module that multiplies by ``root``; None if it is no linear module.
+    """
+    held = derived.holds.get(root, frozenset())
+    if len(held) != 1 or root in held:
+        return None
+    (weight,) = held
+    others, known = derived.sources[root] - held, parameters.get(weight)
+    if known is None:
+        # Without any names the module has to tell, and its weight to be all that is read.
+        nameless = not parameters and linear_module and not others
+        return weight if nameless and not _is_parametrized(root, weight) else None
+    if linear_module is not None:
+        return weight if any(_is_modules(owner, linear_module) for owner in _weights(known)) else None
+    stored = any(not _PARAMETRIZED.search(name) for name in known)
+    # Of two dims: an activation, or a second weight.
+    return weight if stored and all(one.meta["val"].dim() < 2 for one in others if "val" in one.meta) else None
+
+
+_PARAMETRIZED = re.compile(r"(^|\.)(parametrizations\..*|\w+_(g|v|orig))$")
+
+
+def _is_modules(owner: str, module: str) -> bool:
+    return not owner or not module or f".{owner}".endswith(f".{module}") or f".{module}".endswith(f".{owner}")
+
+
+def _is_parametrized(root: Node, weight: Node) -> bool:
+    """Whether a parametrization is among what computes ``root`` from ``weight``."""
+    pending, seen = [root], set()
+    while pending:
+        node = pending.pop()
+        if node in seen or node is weight:
+            continue
+        seen.add(node)
+        if any("parametrizations" in str(where) for where, _ in (node.meta.get("nn_module_stack") or {}).values()):
+            return True
+        pending += node.all_input_nodes
+    return False
 
 
 def _names(parameter_names: tuple[str, ...], module: str, in_linear: bool) -> tuple[str, ...]:
@@ -235,3 +272,30 @@ def other_readers(graph: Graph, parameter: Node) -> list[str]:
             elif not any(word in str(user.target) for word in ("embedding", "invoke_subgraph")):
                 readers.append(str(user.target))
     return list(dict.fromkeys(readers))
+
+
+def multiplying_readers(parameter: Node) -> list[str]:
+    """Ops that multiply by a parameter, or may do so, as one of another library does: through moves, and through what
+    is computed from it and smaller tensors, such as scales.
+
+    Regions that are compiled by themselves come to the pass as graphs of their own.
+    """
+    pending, seen, readers = [parameter], {parameter}, []
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user in seen or user.op != "call_function" or "invoke_subgraph" in str(user.target):
+                continue
+            seen.add(user)
+            if is_move(user) or _is_larger_than_the_rest(node, user):
+                pending.append(user)
+            elif may_multiply(user):
+                readers.append(str(user.target))
+    return list(dict.fromkeys(readers))
+
+
+def _is_larger_than_the_rest(node: Node, user: Node) -> bool:
+    if torch.Tag.pointwise not in getattr(user.target, "tags", ()):
+        return False
+    others = [value for one in user.all_input_nodes if one is not node and hasattr(value := one.meta["val"], "numel")]
+    return all(statically_known_true(other.numel() < node.meta["val"].numel()) for other in others)

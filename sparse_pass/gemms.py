@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,8 @@ _GEMMS: dict[Any, tuple[tuple[int, Layout], ...]] = {
     aten.addmv.default: ((1, "nk"),),
     aten.matmul.default: ((1, "kn"), (0, "nk")),
     aten.linear.default: ((1, "nk"),),
+    aten._scaled_mm.default: ((1, "kn"), (0, "nk")),
+    aten._int_mm.default: ((1, "kn"), (0, "nk")),
 }
 
 # Ops that only move or round elements: a 2:4 mask commutes with re-running them on the masked weight.
@@ -77,6 +80,10 @@ class Use:
     operand: Node
     chain: tuple[Node, ...]
 
+    def reads(self, weight: Node) -> bool:
+        """Whether it reads the weight itself, and not what something else computed from it."""
+        return (self.chain[0].args[0] if self.chain else self.operand) is weight
+
 
 @dataclass(frozen=True, slots=True)
 class GradWeight:
@@ -112,6 +119,19 @@ class Linear:
     """Why there is no ``grad_operand`` although the weight has a gradient; empty if it was found or there is none."""
     ambiguous: str = ""
     """Why the name may not mean this weight."""
+    readers: tuple[Use, ...] = ()
+    """What computes something from the weight on the way to the GEMMs of its calls: each as the `gemm` of a Use."""
+    computes: bool = False
+    """Whether the GEMM of output reads what ``readers`` computed, and not the weight itself."""
+    again: tuple[Use, ...] = ()
+    """GEMMs that compute the output once more, for the backward."""
+    stray: tuple[Use, ...] = ()
+    """Backward GEMMs that read the weight and of which it is not known to which of its calls they belong."""
+    whole_gradient: bool = False
+    """Whether a masked gradient is masked where the graph returns it: the products in it were not found one by one, but
+    it is a sum of those of calls of this weight, and of nothing else."""
+    half: str = ""
+    """Why the scheme could not be kept in the whole call; then nothing of it is done."""
 
     @property
     def has_gradient(self) -> bool:
@@ -124,6 +144,15 @@ def weight_places(node: Node) -> tuple[tuple[int, Layout], ...]:
     if node.op != "call_function":
         return ()
     return _product_and_sum(node) if node.target is aten.mul.Tensor else _GEMMS.get(node.target, ())
+
+
+_PRODUCTS = re.compile(r"mm|mv|matmul|linear|dot|einsum|attention")
+
+
+def may_multiply(node: Node) -> bool:
+    """Whether an op is a matmul of torch by its name, or of another library, whose ops may do anything."""
+    library, _, name = str(node.target).partition(".")
+    return bool(weight_places(node)) or library not in ("aten", "prims") or bool(_PRODUCTS.search(name))
 
 
 @dataclass(frozen=True, slots=True)

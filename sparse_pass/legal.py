@@ -69,7 +69,7 @@ def why_skipped(linear: Linear, scheme: Scheme) -> str | None:
         return linear.ambiguous
     weight = linear.weight.meta["val"]
     if weight.dim() != 2:
-        return f"the weight has shape {list(weight.shape)}: 2:4 masks are defined for 2-D weights"
+        return why_dims_skipped(weight.shape)
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"the weight is {weight.dtype}: expected float16, bfloat16, float32 or float64"
     reason = None
@@ -91,6 +91,11 @@ def _why_input_skipped(linear: Linear) -> str | None:
     if not value.is_floating_point() or value.element_size() < 2:
         return f"the input is {value.dtype}: expected float16, bfloat16, float32 or float64"
     return None
+
+
+def why_dims_skipped(shape: torch.Size) -> str:
+    """What is said of a weight that is no matrix."""
+    return f"the weight has shape {list(shape)}: 2:4 masks are defined for 2-D weights"
 
 
 def why_shape_skipped(shape: torch.Size) -> str | None:

@@ -13,9 +13,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from .config import Config, Tune
-from .find import find_linears, has_backward, other_readers, parameter_nodes
+from .find import find_linears, has_backward, multiplying_readers, other_readers, parameter_nodes
 from .fqn import Pattern, choose, parse_config
 from .gemms import Linear, input_of, trace
+from .halves import without_halves
+from .legal import why_dims_skipped
 from .report import Report, Site
 from .rewrite_linear import Rewriting, refuse
 
@@ -69,11 +71,12 @@ def rewrite_graph(
         pattern = choose(patterns, linear.names)
         if pattern is not None and pattern.scheme is not None:
             chosen.append((linear, pattern))
+    chosen = without_halves(found.linears, chosen, names.eager_backward if names else ())
     refuse(chosen, strict)
     unread = _named_without_linear(graph, patterns, parameters, found.linears)
-    if unread and strict:
-        raise ValueError("sparse_pass cannot sparsify " + "; ".join(f"{one.fqn!r}: {one.reason}" for one in unread))
-    matched.update(site.pattern for site in unread)
+    if refused := [f"{site.fqn!r}: {site.reason}" for site, error in unread if error or strict]:
+        raise ValueError("sparse_pass cannot sparsify " + "; ".join(refused))
+    matched.update(site.pattern for site, _ in unread)
     sites = []
     if chosen:
         rewriting = Rewriting(graph, _fake_mode(graph), tune)
@@ -81,7 +84,7 @@ def rewrite_graph(
         rewriting.clean()
         graph.lint()
     training = has_backward(graph)
-    sites = [replace(site, training=training) for site in [*sites, *unread]]
+    sites = [replace(site, training=training) for site in [*sites, *(site for site, _ in unread)]]
     notes = []
     if names is None and not parameters:
         notes.append("parameter names are not visible to a pass that sees the ATen graph only: linears are known"
@@ -101,38 +104,46 @@ def rewrite_graph(
 
 def _named_without_linear(
     graph: Graph, patterns: Sequence[Pattern], parameters: Mapping[Node, tuple[str, ...]], linears: Sequence[Linear]
-) -> list[Site]:
-    """Named 2-D weights that the graph reads, but by no matmul that could be found: fused ops, products, branches."""
+) -> list[tuple[Site, bool]]:
+    """Named weights that the graph reads, but by no matmul that could be found: fused ops, products, branches.
+
+    Of more than two dims those of matmuls, as of the experts of a grouped one, and not the kernels of convolutions.
+
+    Returns:
+        A row of the report for each, and whether it is an error.
+    """
     sites = []
     found = {linear.weight for linear in linears}
+    named = {name for linear in linears for name in linear.names}
     for node, names in parameters.items():
         value = node.meta.get("val")
-        if node in found or not isinstance(value, torch.Tensor) or value.dim() != 2:
+        if node in found or not isinstance(value, torch.Tensor) or value.dim() < 2:
             continue
         owners = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
         known = tuple(dict.fromkeys([*owners, *names]))
         pattern = choose(patterns, known)
-        readers = other_readers(graph, node) if pattern is not None and pattern.scheme is not None else []
+        if pattern is None or pattern.scheme is None or not named.isdisjoint(names):
+            continue
+        readers = other_readers(graph, node) if value.dim() == 2 else multiplying_readers(node)
         if readers:
-            assert pattern is not None
-            assert pattern.scheme is not None
-            n, k = value.shape
+            *batch, n, k = value.shape
             reason = f"no matmul of this weight was found: it is read by {', '.join(readers)}"
             as_input = [linear.names[0] for linear in linears if _is_input(node, linear)]
             if as_input:
                 others = ", ".join(map(repr, dict.fromkeys(as_input)))
                 reason = f"it is multiplied by another weight, {others}, and counts as the input of that one"
-            sites.append(
-                Site(
-                    fqn=known[0],
-                    pattern=pattern.text,
-                    scheme=pattern.scheme,
-                    shape=("-", n, k),
-                    dtype=value.dtype,
-                    status="skipped",
-                    reason=reason,
-                )
+            if batch:
+                reason = f"{why_dims_skipped(value.shape)}; it is read by {', '.join(readers)}"
+            site = Site(
+                fqn=known[0],
+                pattern=pattern.text,
+                scheme=pattern.scheme,
+                shape=("-", n, k),
+                dtype=value.dtype,
+                status="skipped",
+                reason=reason,
             )
+            sites.append((site, bool(batch) and pattern.exact))
     return sites
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from .activation import (
     fused_activation,
@@ -61,7 +61,7 @@ def _why_skipped(linear: Linear, scheme: Scheme) -> str | None:
     A 2:4 input of output alone would be other mathematics in silence: the gradient of another function.
     """
     weight, input = weight_scheme(scheme), input_scheme(scheme)
-    reason = why_skipped(linear, scheme)
+    reason = why_skipped(linear, scheme) or linear.half or None
     if reason is None and input is not None and not (weight is not None and _wants_gradient(linear, weight)):
         reason = why_dense_grad_weight(linear)
     return reason
@@ -71,10 +71,12 @@ def _why_refused(linear: Linear, pattern: Pattern, strict: bool) -> str | None:
     """Why a scheme would leave a gradient as it is that it has to change."""
     weight, input = weight_scheme(pattern.scheme), input_scheme(pattern.scheme)
     if weight is not None and (weight.grad_weight == "masked" or weight.decay):
-        if linear.unplaced_grad_weight:
+        if linear.unplaced_grad_weight and not linear.whole_gradient:
             return linear.unplaced_grad_weight
         if linear.has_gradient and linear.grad_output is None:
             return "grad_weight: that of a weight which the graph computes; left as captured"
+        if linear.computes and linear.has_gradient and not linear.whole_gradient:
+            return "grad_weight: the gradient of the weight has other parts; left as captured"
     if input is not None and input.grad_input == "masked" and (reason := why_no_masked_gradient(linear)):
         return reason
     if strict and weight is not None and _wants_gradient(linear, weight):
@@ -138,8 +140,8 @@ class Rewriting:
         self, linear: Linear, scheme: WeightSparsity, limits: Limits, kernels: dict[str, str | None], *, output: bool
     ) -> list[str]:
         """Sparsify the weight in grad_input, and in output if asked. Returns why not by a sparse kernel."""
-        uses = (linear.output, *linear.grad_input) if output else linear.grad_input
-        reasons = {use: why_not_sparse(use, linear.weight, scheme, limits) for use in uses}
+        uses = (linear.output, *linear.again, *linear.grad_input) if output else linear.grad_input
+        reasons = {use: _why_not_sparse(use, linear.weight, scheme, limits) for use in uses}
         sparse = [use for use, reason in reasons.items() if reason is None]
         if (
             sparse
@@ -156,13 +158,14 @@ class Rewriting:
 
         why = []
         if output:
-            kernels["output"] = kernel_of([linear.output])
+            kernels["output"] = kernel_of([linear.output, *linear.again])
             why += [reason for reason in [reasons[linear.output]] if reason is not None]
         kernels["grad_input"] = kernel_of(linear.grad_input)
         backward = {reason for use in linear.grad_input if (reason := reasons[use]) is not None}
         why += [f"grad_input: {reason}" for reason in sorted(backward)]
-        why += [reason for reason in (linear.unplaced_grad_input, linear.unplaced_grad_weight) if reason]
-        self._edit.outdated += [node for use in uses for node in use.chain]
+        why += [linear.unplaced_grad_input, "" if linear.whole_gradient else linear.unplaced_grad_weight]
+        why = [reason for reason in why if reason]
+        self._edit.outdated += [node for use in (*uses, *linear.readers) for node in use.chain]
         self._weights.rewrite(linear, scheme, sparse, masked)
         return why
 
@@ -225,6 +228,12 @@ class Rewriting:
     def clean(self) -> None:
         """Erase what is left without users: old moves of the weights, unused new nodes."""
         self._edit.clean()
+
+
+def _why_not_sparse(use: Use, weight: Node, scheme: WeightSparsity, limits: Limits) -> str | None:
+    if not use.reads(weight):
+        return "the GEMM reads what the graph computes from the weight"
+    return why_not_sparse(use, weight, scheme, limits)
 
 
 def _kernel(limits: Limits) -> str:

@@ -20,7 +20,7 @@ Leaving dw alone is the straight-through estimator: the joint graph is past auto
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,17 +61,26 @@ class Rewriter:
             sparse: its GEMMs that get a sparse kernel.
             masked: its GEMMs that read the masked weight instead.
         """
-        before, weight = linear.output.gemm, linear.weight
-        sparse, masked = tuple(sparse), tuple(masked)
-        mask_gradient = scheme.grad_weight == "masked" and linear.grad_operand is not None
+        weight, order = linear.weight, self._edit.order
+        readers = sorted(linear.readers, key=lambda use: order[use.gemm])
+        before = min([linear.output.gemm, *(use.gemm for use in readers)], key=lambda node: order[node])
+        # What reads the weight itself; the others read what the readers compute.
+        sparse, masked = tuple(sparse), tuple(use for use in [*readers, *masked] if use.reads(weight))
+        mask_whole = scheme.grad_weight == "masked" and linear.whole_gradient
+        mask_gradient = scheme.grad_weight == "masked" and linear.grad_operand is not None and not mask_whole
         decay = scheme.decay > 0 and linear.grad_output is not None
         mask = kept = None
-        if masked or mask_gradient or decay:
+        if masked or mask_gradient or mask_whole or decay:
             mask = self._mask(weight, scheme, before)
         if masked:
             assert mask is not None
             kept = self._masked(weight, mask, before)
-            self._replay(linear.output.chain, weight, kept)
+            if linear.output.reads(weight):
+                self._replay(linear.output.chain, weight, kept)
+        if mask_whole:
+            assert mask is not None
+            assert linear.grad_output is not None
+            self._mask_output(weight, mask, linear.grad_output)
         if mask_gradient:
             assert mask is not None
             # The mask takes the weight's way to the operand; casts would turn it into numbers.
@@ -142,7 +151,7 @@ class Rewriter:
             # In the backward where it is first read there: tagged, as nothing else keeps it from the forward.
             args = weight, scheme.mask, not in_rows
             made = self._edit.call_before(use.gemm, sparse_ops.sparsify_one.default, args, cast)
-            if use.gemm is not before:
+            if use.gemm is not before and use.gemm.meta.get("partitioner_tag") != "is_forward":
                 made.meta["partitioner_tag"] = "must_be_in_backward"
             self._made_at[made] = self._edit.order[use.gemm]
             return made
@@ -168,17 +177,30 @@ class Rewriter:
         result = self._edit.call_before(gemm, sparse_ops.linear.default, (rows, packed, fused, out_features), tuned)
         self._edit.finish_gemm(gemm, result, bias if fused is None else None, sizes)
 
+    def _mask_output(self, weight: Node, mask: Node, grad_output: int) -> None:
+        def masked(gradient: Node, output: Node) -> Node:
+            zero = self._edit.zero(gradient, output, like=gradient)
+            laid_out = self._edit.laid_out(mask, gradient, output, like=gradient)
+            return self._edit.call_before(output, aten.where.self, (laid_out, gradient, zero), like=gradient)
+
+        self._return_once(("masked gradient", weight), grad_output, masked)
+
     def _decay(self, weight: Node, mask: Node, decay: float, grad_output: int) -> None:
-        if ("decay", weight) in self._edit.made:
-            return  # once per weight, however many calls share it
+        def added(gradient: Node, output: Node) -> Node:
+            zero = self._edit.zero(weight, output, like=gradient)
+            dropped = self._edit.call_before(output, aten.where.self, (mask, zero, weight), like=gradient)
+            scaled = self._edit.call_before(output, aten.mul.Tensor, (dropped, decay), like=gradient)
+            return self._edit.call_before(output, aten.add.Tensor, (gradient, scaled), like=gradient)
+
+        self._return_once(("decay", weight), grad_output, added)
+
+    def _return_once(self, key: Any, grad_output: int, change: Callable[[Node, Node], Node]) -> None:
+        """Change what the graph returns as the gradient of a weight: once, however many calls share it."""
+        if key in self._edit.made:
+            return
         output = self._edit.graph.output_node()
         values = list(output.args[0])  # type: ignore[arg-type]
-        gradient = values[grad_output]
-        zero = self._edit.zero(weight, output, like=gradient)
-        dropped = self._edit.call_before(output, aten.where.self, (mask, zero, weight), like=gradient)
-        scaled = self._edit.call_before(output, aten.mul.Tensor, (dropped, decay), like=gradient)
-        values[grad_output] = self._edit.call_before(output, aten.add.Tensor, (gradient, scaled), like=gradient)
-        self._edit.made["decay", weight] = values[grad_output]
+        values[grad_output] = self._edit.made[key] = change(values[grad_output], output)
         output.args = (values if isinstance(output.args[0], list) else tuple(values),)
 
     def _replay(self, chain: tuple[Node, ...], old: Node, new: Node, skip: frozenset[Any] = frozenset()) -> Node:

@@ -36,9 +36,7 @@ class Watcher(Protocol):
 class FirstStep:
     """The hooks of one watcher, which they do not keep alive."""
 
-    def __init__(
-        self, watcher: Watcher, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]
-    ) -> None:
+    def __init__(self, watcher: Watcher, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> None:
         """named: the parameters to watch, with their names."""
         from torch._dynamo.callback import callback_handler
 
