@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from .capture import compile_aot_eager
 from .captured import Captured, captured
-from .config import Config, Tune
+from .config import Config, Require, Tune
 from .dynamo.first_step import FirstStep, is_compiled_in_place
 from .dynamo.recompiles import is_exhausted, why_last
 from .graph_pass import SparsePass
@@ -122,7 +122,8 @@ class SparseBackend:
 
     def __reduce__(self) -> tuple[Callable[..., SparseBackend], tuple[Any, ...]]:
         one = self._pass
-        return _rebuilt, (one.config, one.strict, one.tune, self._inner, self._options, self._wants_model)
+        settings = {"strict": one.strict, "tune": one.tune, "require": one.require}
+        return _rebuilt, (one.config, settings, self._inner, self._options, self._wants_model)
 
     # The model, and what of it is dense.
 
@@ -169,11 +170,17 @@ class SparseBackend:
         model = self._live_model()
         return self._called or (model is not None and (is_compiled_in_place(model, self) or is_exhausted(model)))
 
+    def _insists(self) -> bool:
+        model = self._live_model()
+        on_gpu = model is not None and any(parameter.is_cuda for parameter in model.parameters())
+        return self._pass.require == "sparse" and on_gpu
+
     def _tell(self, missing: list[str]) -> None:
-        if missing and self._pass.strict:
+        if missing and (self._pass.strict or self._insists()):
             raise RuntimeError(
-                f"sparse_pass: {', '.join(map(repr, missing))}: {_NOT_IN_STEP}. strict=True lets no named layer"
-                " train dense: mend the graph break, compile the part that holds the layer, or map it to None"
+                f"sparse_pass: {', '.join(map(repr, missing))}: {_NOT_IN_STEP}. strict=True and require='sparse' let no"
+                " named layer train dense: mend the graph break, compile the part that holds the layer, or map it to"
+                " None"
             )
         self._pass.warn_uncaptured(missing, _NOT_IN_STEP)
 
@@ -199,10 +206,10 @@ def _refuse_options(mode: str | None, options: Mapping[str, Any]) -> None:
 
 
 def _rebuilt(
-    config: Config, strict: bool, tune: Tune, inner: Inner, options: dict[str, Any], wants_model: bool
+    config: Config, settings: dict[str, Any], inner: Inner, options: dict[str, Any], wants_model: bool
 ) -> SparseBackend:
     """A backend that was pickled. Its model, if it had one, is the first that fits the config."""
-    backend = SparseBackend(SparsePass(config, strict=strict, tune=tune), None, inner, options)
+    backend = SparseBackend(SparsePass(config, **settings), None, inner, options)
     backend._wants_model = wants_model
     return backend
 
@@ -223,6 +230,7 @@ def sparse_backend(
     inner: Inner = "inductor",
     strict: bool = False,
     tune: Tune = "auto",
+    require: Require | None = None,
     **inductor_options: Any,
 ) -> SparseBackend:
     """A backend for ``torch.compile(model, backend=...)`` that trains the named linears with 2:4 sparsity.
@@ -238,6 +246,8 @@ def sparse_backend(
         strict: raise where a named linear would be skipped, and with ``model`` where one trains dense in the first
             step since no graph has read it.
         tune: ``"auto"`` or ``"off"``; see :class:`SparsePass`.
+        require: ``"sparse"`` raises where a named linear on a CUDA device ends without any 2:4 kernel for another
+            reason than a measurement, so that a job stops instead of training without them.
         **inductor_options: options for Inductor; give ``mode=`` and ``options=`` to torch.compile.
 
     Returns:
@@ -256,7 +266,7 @@ def sparse_backend(
             f"{argument}= is an argument of torch.compile: torch.compile(model, backend=sparse_backend(...),"
             f" {argument}=...); options of Inductor are keywords here, such as max_fusion_size=8"
         )
-    sparse_pass = SparsePass(config, strict=strict, tune=tune)
+    sparse_pass = SparsePass(config, strict=strict, tune=tune, require=require)
     if model is not None:
         model = unwrapped(model)
         check_names(model, sparse_pass.patterns)

@@ -17,6 +17,7 @@ InputMask: TypeAlias = Literal["optimal", "greedy", "rowwise"]
 GradInput: TypeAlias = Literal["dense", "masked"]
 
 Tune: TypeAlias = Literal["auto", "off"]
+Require: TypeAlias = Literal["sparse"]
 
 _WEIGHT_CHOICES = {"mask": get_args(Mask), "grad_weight": get_args(GradWeight), "backend": get_args(Backend)}
 _INPUT_CHOICES = {"mask": get_args(InputMask), "grad_input": get_args(GradInput), "backend": get_args(Backend)}

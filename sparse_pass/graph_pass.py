@@ -15,7 +15,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from .config import Config, Scheme, Tune
+from .config import Config, Require, Scheme, Tune
 from .fqn import choose, parse_config
 from .legal import KERNEL_DTYPES, Limits, device_limits
 from .report import Report, merge
@@ -33,17 +33,24 @@ class SparsePass(CustomGraphPass):
         strict: raise where a named linear has to be skipped.
         tune: ``"auto"`` measures on the GPU, once per shape, which kernel is fastest and whether sparse ones
             pay at all, and remembers it on disk; ``"off"`` measures nothing and takes the defaults.
+        require: ``"sparse"`` raises where a named linear on a CUDA device gets no 2:4 kernel at all, unless a
+            measurement has found dense matmuls faster. None leaves that to the report.
 
     Raises:
         ValueError: bad config or argument.
     """
 
-    def __init__(self, config: Config, *, strict: bool = False, tune: Tune = "auto") -> None:
+    def __init__(
+        self, config: Config, *, strict: bool = False, tune: Tune = "auto", require: Require | None = None
+    ) -> None:
+        if require is not None and require not in get_args(Require):
+            raise ValueError(f"require={require!r}: expected None or {', '.join(map(repr, get_args(Require)))}")
         if tune not in get_args(Tune):
             raise ValueError(f"tune={tune!r}: expected one of {', '.join(map(repr, get_args(Tune)))}")
         self.config: dict[str, Scheme | None] = dict(config) if isinstance(config, Mapping) else config
         self.strict = strict
         self.tune = tune
+        self.require = require
         self.patterns = parse_config(config)
         # Each with the names that its graph was shown with, if it was.
         self._reports: list[tuple[Names | None, Report]] = []
@@ -71,6 +78,8 @@ class SparsePass(CustomGraphPass):
             if not names.ours:
                 return
         report = rewrite_graph(graph, self.patterns, names, strict=self.strict, tune=self.tune)
+        if self.require == "sparse":
+            _insist(report, graph)
         self._reports.append((names, report))
         # A branch inside a graph comes before that graph.
         if report.graphs and (names is None or (names.last_graph and not names.checked)):
@@ -186,8 +195,19 @@ class SparsePass(CustomGraphPass):
         """Key for the compile caches: everything a rewrite depends on besides the graph."""
         names = self._names.get(threading.get_ident())
         seen = [sorted(names.by_input.items()), sorted(names.eager_backward)] if names else []
-        key = (list(self.config.items()), self.strict, self.tune, seen, _environment())
+        key = (list(self.config.items()), self.strict, self.tune, self.require, seen, _environment())
         return hashlib.sha256(repr(key).encode()).hexdigest()
+
+
+def _insist(report: Report, graph: Graph) -> None:
+    """Raise if a named linear of a graph on a CUDA device has no 2:4 kernel for another reason than a measurement."""
+    values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+    if not any(isinstance(value, torch.Tensor) and value.is_cuda for value in values):
+        return
+    dense = [site for site in report.sites if site.status != "sparse" and not site.measured]
+    if dense:
+        told = "; ".join(f"{site.fqn!r} is {site.status}: {site.reason}" for site in dense)
+        raise ValueError(f"sparse_pass, require='sparse': no 2:4 kernel for {told}")
 
 
 def _environment() -> tuple[object, ...]:

@@ -41,6 +41,8 @@ class Site:
     grad_weight: str | None = None
     fused: str | None = None
     """The activation function that the kernel of a 2:4 input computes by itself, such as ``"squared_relu"``."""
+    measured: bool = False
+    """Whether it is a measurement that chose dense matmuls of the masked operand over 2:4 kernels."""
     training: bool | None = None
     """Whether the graph has a backward: a graph of inference has none. None if there is no graph, as of `prune_`."""
     serves: tuple[str, ...] = ()

@@ -13,11 +13,12 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from .config import Config, Tune
-from .find import find_linears, has_backward, multiplying_readers, other_readers, parameter_nodes
+from .find import find_linears
 from .fqn import Pattern, choose, parse_config
 from .gemms import Linear, input_of, trace
 from .halves import without_halves
 from .legal import why_dims_skipped
+from .parameters import has_backward, multiplying_readers, other_readers, parameter_nodes
 from .report import Report, Site
 from .rewrite_linear import Rewriting, refuse
 

@@ -30,7 +30,7 @@ from .legal import (
     why_not_sparse_input,
     why_skipped,
 )
-from .profit import why_slower, why_slower_gradient, why_slower_input
+from .profit import SLOWER, why_slower, why_slower_gradient, why_slower_input
 from .report import Site, Status
 from .rewriter import Rewriter
 
@@ -133,7 +133,7 @@ class Rewriting:
             fqn=linear.names[0], pattern=pattern.text, scheme=scheme, dtype=dtype, status=status,
             reason="; ".join(_distinct(why)), shape=(m if isinstance(m, int) else str(m), n, k),
             output=kernels["output"], grad_input=kernels["grad_input"], grad_weight=kernels["grad_weight"],
-            fused=kernels.get("fused"),
+            fused=kernels.get("fused"), measured=any(SLOWER in reason for reason in why),
         )  # fmt: skip
 
     def _rewrite_weight(

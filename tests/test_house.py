@@ -32,7 +32,7 @@ ALLOWED = {
     "dynamo": "config dynamo fqn model_names",
     "usage": "",
     "graph_pass": "config fqn legal lowering report rewrite_graph",
-    "rewrite_graph": "config find fqn gemms halves legal report rewrite_linear",
+    "rewrite_graph": "config find fqn gemms halves legal parameters report rewrite_linear",
     "halves": "config fqn gemms legal",
     "rewrite_linear": "activation config editor fqn gemms gradient legal profit report rewriter",
     "activation": "editor fusion gemms gradient input_ops ops",
@@ -45,6 +45,7 @@ ALLOWED = {
     "editor": "gemms",
     "profit": "config gemms kernels",
     "legal": "config gemms kernels",
+    "parameters": "backward fqn gemms",
     "find": "backward calls derived fqn gemms",
     "calls": "backward derived gemms reads shares",
     "derived": "backward gemms",
@@ -68,8 +69,9 @@ ALLOWED = {
 CONTRACT = {
     "ActivationSparsity": "(*, mask='optimal', grad_input='dense', backend='auto')",
     "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, backend='auto')",
-    "sparse_backend": "(config, *, model=None, inner='inductor', strict=False, tune='auto', **inductor_options)",
-    "SparsePass": "(config, *, strict=False, tune='auto')",
+    "sparse_backend": "(config, *, model=None, inner='inductor', strict=False, tune='auto', require=None,"
+    " **inductor_options)",
+    "SparsePass": "(config, *, strict=False, tune='auto', require=None)",
     "inductor_options": "(config, options=None)",
     "rewrite": "(graph_module, config)",
     "explain": "(model, config)",
