@@ -10,11 +10,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
@@ -238,6 +241,8 @@ class Example:
     broken: str = ""
     """"" (one graph), ``"breaks"`` (graph breaks between blocks) or ``"parts"`` (each block is captured by itself,
     since the frame that calls them is given up)."""
+    wrapped: str = ""
+    """What stands between the blocks and the compiler: one of `WRAPPERS`."""
     named: bool = True
     """Whether the backend is given ``model=``."""
     seed: int = 0
@@ -274,6 +279,63 @@ class Example:
         else:
             x = randn(*shape)
         return x.requires_grad_(self.input_grad)
+
+
+class Wrapped(nn.Module):
+    """The blocks of a network, each in a wrapper."""
+
+    def __init__(self, network: Network, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(wrap(block) for block in network.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Forwarding(Wrapped):
+    """With a `__getattr__` of its own, as many wrappers have."""
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+
+def _as_it_is(block: nn.Module) -> nn.Module:
+    return block
+
+
+def _by_functional_call(network: nn.Module) -> Callable[..., Tensor]:
+    return lambda tensors, x: functional_call(network, tensors, (x,))
+
+
+WRAPPERS = ("own getattr", "checkpoint wrapper", "functional_call", "one by one", "container")
+
+
+def compiled_as(
+    example: Example, network: Network, backend_of: Callable[[nn.Module], Any], dynamic: bool | None
+) -> tuple[Callable[[Tensor], Tensor], Any]:
+    """The network as the user would call it, with the backend that was made for it.
+
+    Args:
+        backend_of: makes the backend for a model.
+    """
+    if example.wrapped in ("own getattr", "checkpoint wrapper"):
+        kind, wrap = (Forwarding, _as_it_is) if example.wrapped == "own getattr" else (Wrapped, checkpoint_wrapper)
+        backend = backend_of(model := kind(network, wrap))
+        return torch.compile(model, backend=backend, dynamic=dynamic), backend
+    backend = backend_of(network)
+    if example.wrapped == "functional_call":
+        call = torch.compile(_by_functional_call(network), backend=backend, dynamic=dynamic)
+        # Other tensors than the parameters, of which these have the gradients.
+        return lambda x: call({name: one.clone() for name, one in network.named_parameters()}, x), backend
+    if example.wrapped == "one by one":
+        for block in network.blocks:
+            block.compile(backend=backend, dynamic=dynamic)
+        return Wrapped(network, _as_it_is), backend
+    if example.wrapped == "container":
+        return torch.compile(nn.Sequential(*network.blocks), backend=backend, dynamic=dynamic), backend
+    return torch.compile(network, backend=backend, dynamic=dynamic), backend
 
 
 LAYOUTS = ("contiguous", "transposed", "features outermost", "every second", "expanded", "expanded features", "offset")
@@ -412,10 +474,24 @@ def examples(draw: st.DrawFn) -> Example:
         dynamic="all" if dynamic == "batch" and "but the first row" in moves else dynamic,
         training=draw(_mostly(True, False, times=5)),
         broken=draw(_mostly("", "breaks", "parts", times=9)),
+        wrapped=draw(_mostly("", *WRAPPERS, times=2)),
         seed=draw(st.integers(0, 2**16)),
     )
     network = draft.network()
-    return replace(draft, config=draw(configs(network)), named=_needs_model(network) or draw(st.booleans()))
+    config = draw(configs(network))
+    if not _can_be_wrapped(draft, network, config):
+        draft = replace(draft, wrapped="")
+    absolute = draft.wrapped in ("one by one", "container")
+    return replace(draft, config=config, named=absolute or _needs_model(network) or draw(st.booleans()))
+
+
+def _can_be_wrapped(example: Example, network: Network, config: tuple[tuple[str, Scheme | None], ...]) -> bool:
+    if example.broken or _tied(network):
+        return False  # two ways at once; and what parts share is a matter of each graph
+    if example.wrapped == "functional_call":
+        # What is not the parameter goes by the name of the module that multiplies by it.
+        return all(layer.way == "module" for layer in example.layers) and not any("weight" in key for key, _ in config)
+    return True
 
 
 def _tied(network: Network) -> bool:

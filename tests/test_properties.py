@@ -36,13 +36,14 @@ from random_networks import (
     Layer,
     Network,
     Place,
+    compiled_as,
     examples,
     meant,
     places,
 )
 from random_reference import Match, Seen, has_kernel, reference_of
 from support import TOLERANCE, Result, errors, fresh_compile, invariants_checked, run, twins
-from torch import Tensor
+from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch.utils._pytree import tree_map
 
@@ -90,7 +91,11 @@ def check(example: Example, inner: str, masked: Callable[[Example, Place], Any] 
         scheme = masked(example, place)
         if scheme is not None and place.takes(scheme):
             schemes[place.name] = scheme
-    backend = sp.sparse_backend(dict(example.config), model=network if example.named else None, inner=inner, tune="off")
+
+    def backend_of(model: nn.Module) -> Any:
+        model = model if example.named else None
+        return sp.sparse_backend(dict(example.config), model=model, inner=inner, tune="off")
+
     options = {"backward": example.training and _has_leaves(example, network), "context": partial(modes, example)}
     tolerance = TOLERANCE[gemm_dtype(example)]
     drawn: dict[str, set[bool]] = {}
@@ -98,7 +103,7 @@ def check(example: Example, inner: str, masked: Callable[[Example, Place], Any] 
     rounded = inductor_config.patch(emulate_precision_casts=True)
     with fresh_compile(), rounded, invariants_checked(), torch.set_grad_enabled(example.training):
         mark = example.dynamic == "batch"
-        compiled = torch.compile(network, backend=backend, dynamic=None if mark else bool(example.dynamic))
+        compiled, backend = compiled_as(example, network, backend_of, None if mark else bool(example.dynamic))
         for x in example.inputs(DEVICE):
             call = partial(run, inputs=[x], **options)
             parameters = dict(network.named_parameters())
@@ -195,13 +200,15 @@ def _check_report(report: sp.Report, example: Example, network: Network, known: 
                     # Gradients that are empty Inductor may leave out, as behind a norm.
                     possible = {*possible, False} if inner == "inductor" and site.shape[0] == 0 else possible
                     assert has in {example.training and one for one in possible}, f"{gemm} of {site}\n{report}"
-    if example.broken == "parts" and any("also serves" in one for one in report.notes):
+    if any(site.serves for site in report.sites):
         # Parts that are alike may share a graph, whose sites bear the names of the first.
-        assert counts.keys() <= named.keys(), f"named: {named}\n{report}"
+        names = {name for site in report.sites for name in (site.fqn, *site.serves)}
+        assert names == named.keys(), f"named: {named}\n{report}"
         return
     assert counts.keys() == named.keys(), f"named: {named}\n{report}"
     if not example.broken:
-        expected = Counter({name: uses[name] * report.graphs for name in named})
+        graphs = Counter(dict.fromkeys(named, 1)) if example.wrapped == "one by one" else None
+        expected = Counter({name: uses[name] * (report.graphs if graphs is None else graphs[name]) for name in named})
         assert counts == expected, f"expected {expected}\n{report}"
 
 
@@ -272,7 +279,7 @@ def _check_fused(site: sp.Site, example: Example, block: Block, previous: Block 
 
 def _check_drawn(report: sp.Report, drawn: dict[str, set[bool]]) -> None:
     """The gradients that the report says are 2:4 were drawn, and no others."""
-    if any("also serves" in one for one in report.notes):
+    if any(site.serves for site in report.sites):
         return
     for name, which in drawn.items():
         said = {site.grad_weight != "dense" for site in report.sites if site.fqn == name and site.grad_weight}
