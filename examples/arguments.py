@@ -1,8 +1,16 @@
-"""Types of arguments that the examples share: what cannot work ends in one sentence, before anything runs."""
+"""What the examples share: threads that wait asleep, and types of arguments.
+
+What cannot work ends in one sentence, before anything runs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+
+# Before torch loads OpenMP: waiting threads should sleep. Spinning ones cost a small model on a busy machine with few
+# cores several times its step time. Hence the examples import this file before torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

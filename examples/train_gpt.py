@@ -17,7 +17,6 @@ import copy
 import functools
 import json
 import math
-import os
 import re
 import statistics
 import sysconfig
@@ -28,13 +27,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Before torch loads OpenMP: waiting threads should sleep. Spinning ones cost a small model on a busy
-# machine with few cores several times its step time.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
+import arguments
 import torch
 import torch.nn.functional as F
-from arguments import device, positive
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -296,7 +291,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--scheme", nargs="+", choices=SCHEMES, default=["w24"], help="what the named layers get; one run for each"
     )
     parser.add_argument("--sparse", nargs="+", default=list(LAYERS), metavar="PATTERN", help="layers to make sparse")
-    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=arguments.device, choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--inner",
         choices=("inductor", "aot_eager"),
@@ -310,15 +305,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of the matmuls (autocast); the parameters stay float32",
     )
     parser.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="of the MLPs")
-    parser.add_argument("--layers", type=positive, default=2)
-    parser.add_argument("--dim", type=positive, default=128)
-    parser.add_argument("--heads", type=positive, default=4)
-    parser.add_argument("--context", type=positive, default=64)
-    parser.add_argument("--batch", type=positive, default=16)
-    parser.add_argument("--steps", type=positive, default=1000)
+    parser.add_argument("--layers", type=arguments.positive, default=2)
+    parser.add_argument("--dim", type=arguments.positive, default=128)
+    parser.add_argument("--heads", type=arguments.positive, default=4)
+    parser.add_argument("--context", type=arguments.positive, default=64)
+    parser.add_argument("--batch", type=arguments.positive, default=16)
+    parser.add_argument("--steps", type=arguments.positive, default=1000)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--evals", type=positive, default=6, help="evaluations in a run")
-    parser.add_argument("--val-batches", type=positive, default=8)
+    parser.add_argument("--evals", type=arguments.positive, default=6, help="evaluations in a run")
+    parser.add_argument("--val-batches", type=arguments.positive, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/train_gpt"), help="folder of plot and results")
     args = parser.parse_args(argv)

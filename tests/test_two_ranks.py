@@ -41,12 +41,15 @@ def network() -> Stack:
 
 def gradients(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
     """By the names of the parameters in `Stack`, whole where they are sharded."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+
     model.zero_grad()
     run(x).float().square().mean().backward()
     found = {}
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad
-        found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
+    with FSDP1.summon_full_params(model, with_grads=True):  # does nothing to other models
+        for name, parameter in model.named_parameters():
+            grad = parameter.grad
+            found[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
     return found
 
 
@@ -69,7 +72,7 @@ def check(actual: dict[str, Tensor], wanted: dict[str, Tensor], backend: SparseB
 
 def rank(device_type: str, kind: str) -> None:
     """One of two ranks: each has half of the batch, and both must come to the gradients of all of it."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     on_gpu = device_type == "cuda"
@@ -85,6 +88,9 @@ def rank(device_type: str, kind: str) -> None:
     if kind == "ddp":
         wrapped = DistributedDataParallel(model)
         run = torch.compile(wrapped, backend=backend)
+    elif kind == "fsdp1":
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=device)
+        run = torch.compile(wrapped, backend=backend)
     else:
         for part in (*model.blocks, model):
             fully_shard(part)
@@ -96,15 +102,15 @@ def rank(device_type: str, kind: str) -> None:
     for _ in range(3):
         check(gradients(wrapped, run, x.chunk(2)[dist.get_rank()]), expected(reference, x), backend)
         with torch.no_grad():  # the weights move, and other ones are the larger ones of a tile
-            for parameter in (*model.parameters(), *reference.parameters()):
+            for parameter in (*wrapped.parameters(), *reference.parameters()):
                 parameter.sub_(0.02)
     dist.destroy_process_group()
     print("gradients agree", flush=True)
 
 
 CASES = [  # parts compiled one by one are in test_distributed.py, too, by one rank
-    *(("cpu", kind) for kind in ("ddp", "fsdp2")),
-    *(pytest.param("cuda", kind, marks=[GPU, TWO]) for kind in ("ddp", "fsdp2", "fsdp2-blocks")),
+    *(("cpu", kind) for kind in ("ddp", "fsdp1", "fsdp2")),
+    *(pytest.param("cuda", kind, marks=[GPU, TWO]) for kind in ("ddp", "fsdp1", "fsdp2", "fsdp2-blocks")),
 ]
 
 
