@@ -111,7 +111,7 @@ class SparsePass(CustomGraphPass):
             yield
             self._compiling.discard(names)
             if not names.checked or is_logged():
-                self._catch_up()
+                self.catch_up()
         except BaseException:
             self._awaited.pop(names, None)
             raise
@@ -135,7 +135,8 @@ class SparsePass(CustomGraphPass):
             self._reports.append((names, note))
             warnings.warn(f"sparse_pass: {text}", stacklevel=3)
 
-    def _catch_up(self) -> None:
+    def catch_up(self, *_: object) -> None:
+        """Trace what came from a compile cache, for its report."""
         thread = threading.get_ident()
         current = self._names.get(thread)
         # Not what another thread is compiling at the moment: that will come by.
@@ -160,7 +161,7 @@ class SparsePass(CustomGraphPass):
 
     def reports(self) -> list[tuple[Names | None, Report]]:
         """The report of each graph, with the names that the graph was shown with."""
-        self._catch_up()
+        self.catch_up()
         return list(self._reports)
 
     @property

@@ -16,6 +16,7 @@ from .captured import graph_names
 from .config import Config
 from .graph_pass import SparsePass
 from .report import Report
+from .rewrite_graph import is_logged
 
 
 class PassChain(CustomGraphPass):
@@ -49,6 +50,8 @@ class SeeGraph(CustomGraphPass):
         module = graph.owning_module
         if module is not None:
             self._pass.see(graph_names(module, None), Retrace(module))
+            if is_logged():
+                _report_after_compilation(self._pass)
 
     def uuid(self) -> str:
         return "sparse_pass"  # reads only
@@ -58,6 +61,14 @@ class SeeGraph(CustomGraphPass):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SeeGraph:
         return self  # configs of Inductor are copied
+
+
+def _report_after_compilation(sparse_pass: SparsePass) -> None:
+    """Log what comes from a compile cache: nothing else calls the pass at the end of a compilation."""
+    from torch._dynamo.callback import callback_handler
+
+    if sparse_pass.catch_up not in callback_handler.end_callbacks:
+        callback_handler.register_end_callback(sparse_pass.catch_up)
 
 
 class Retrace:

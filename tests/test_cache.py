@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
-from sparse_pass import graph_pass, inductor
+from sparse_pass import graph_pass, inductor, rewrite_graph
 
 # The op nodes leave Inductor no C++ to compile, so a compilation takes a second and not ten.
 SPARSE = sp.WeightSparsity(backend="cusparselt")
@@ -49,11 +50,11 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls()
-    rewrite_graph, report_graph = graph_pass.rewrite_graph, inductor.report_graph
+    original, report_graph = graph_pass.rewrite_graph, inductor.report_graph
 
     def counted_rewrite(*args: Any, **kwargs: Any) -> Any:
         calls.rewrites += 1
-        return rewrite_graph(*args, **kwargs)
+        return original(*args, **kwargs)
 
     def counted_report(*args: Any, **kwargs: Any) -> None:
         calls.retraces += 1
@@ -187,6 +188,29 @@ def test_report_is_made_late(way: Callable[..., Any], calls: Calls) -> None:
     assert (calls.rewrites, calls.retraces) == (1, 0)
     assert warm_report() == cold_report() == warm_report()
     assert (calls.rewrites, calls.retraces) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(via_backend_with_model, id="backend_model"), pytest.param(via_options, id="options")],
+)
+def test_a_warm_start_is_logged_as_a_cold_one(
+    way: Callable[..., Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines, and artifacts for tlparse, without anybody reading the report."""
+    artifacts: list[str] = []
+    recorded = lambda kind, metadata_fn, payload_fn, **_: artifacts.append(payload_fn())  # noqa: E731
+    monkeypatch.setattr(rewrite_graph, "trace_structured", recorded)
+    module, told = model(), []
+    for hits in (0, 1):
+        compiled, _ = way(module, {"0": SPARSE})
+        with caplog.at_level(logging.INFO, logger="sparse_pass"):
+            assert start(compiled, sp.Report, batch()).hits == hits
+        told.append([record.getMessage() for record in caplog.records if record.name.startswith("sparse_pass")])
+        caplog.clear()
+    assert told[0] == told[1] == ["0: sparse"]
+    assert len(artifacts) == 2
+    assert artifacts[0] == artifacts[1]
 
 
 def test_report_that_is_never_read_keeps_no_parameters() -> None:

@@ -205,6 +205,23 @@ def test_float32_and_odd_dims_go_masked_dense():
     assert "float32" in backend.report.sites[0].reason
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_job_that_insists_on_sparse_kernels(strict):
+    """`require="sparse"`: odd dims are an error, a small layer that measures slower is none."""
+    x = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)
+    for width, refused in ((100, True), (128, False)):
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Linear(64, width), nn.Linear(width, 64)).to("cuda", torch.bfloat16)
+        backend = sp.sparse_backend({"*": sp.WeightSparsity()}, model=model, require="sparse", strict=strict)
+        run = torch.compile(model, backend=backend)
+        if refused:
+            with pytest.raises(RuntimeError, match=r"require='sparse': no 2:4 kernel for '0' is masked_dense: .*of 64"):
+                run(x)
+        else:
+            run(x).sum().backward()
+            assert all(site.status == "sparse" or site.measured for site in backend.report.sites)
+
+
 def test_mask_follows_the_live_weight():
     linear = nn.Linear(128, 128, bias=False, device="cuda", dtype=torch.bfloat16)
     run = torch.compile(linear, backend=sp.sparse_backend({"weight": sp.WeightSparsity()}, model=linear, tune="off"))

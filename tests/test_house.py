@@ -26,7 +26,7 @@ ALLOWED = {
     "explain": "capture captured config fqn graph_pass model_names report usage",
     "backend": "capture captured config dynamo graph_pass inductor model_names report shared_graphs usage",
     "shared_graphs": "captured model_names report rewrite_graph",
-    "inductor": "capture captured config graph_pass report",
+    "inductor": "capture captured config graph_pass report rewrite_graph",
     "captured": "dynamo fqn rewrite_graph",
     "capture": "graph_pass",
     "dynamo": "config dynamo fqn model_names",

@@ -15,12 +15,14 @@ import pytest
 import torch
 from support import StraightThrough
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import sparse_pass as sp
 from sparse_pass.dynamo.first_step import backend_of
+from sparse_pass.graph_pass import _insist as insist
 
 W24 = sp.WeightSparsity()
 
@@ -542,3 +544,34 @@ def test_unknown_option_in_one_line() -> None:
         sp.sparse_backend(FC1, max_fusion_siz=8)
     assert "'max_fusion_size'" in str(raised.value)
     assert len(str(raised.value)) < 400
+
+
+# To insist on 2:4 kernels
+
+
+def insisting(device: str, **fields: Any) -> None:
+    """Hand a pass that insists a graph of that device, with one row."""
+    row = {"fqn": "fc1", "pattern": "fc1", "scheme": W24, "shape": (8, 32, 16), "dtype": torch.bfloat16}
+    site = {**row, "reason": "because", **fields}
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        graph.placeholder("weight").meta["val"] = torch.empty(32, 16, device=device)
+    graph.output(())
+    insist(sp.Report(sites=(sp.Site(**site),), graphs=1), graph)
+
+
+@pytest.mark.parametrize("status", ["masked_dense", "skipped"])
+def test_require_sparse(status: str) -> None:
+    with pytest.raises(ValueError, match=rf"require='sparse': no 2:4 kernel for 'fc1' is {status}: because$"):
+        insisting("cuda", status=status)
+    insisting("cuda", status=status, measured=True)
+    insisting("cuda", status="sparse")
+    insisting("cpu", status=status)
+
+
+def test_require_sparse_on_a_cpu() -> None:
+    """It is of the layers on a GPU: the same script runs on a laptop."""
+    check_required = sp.sparse_backend(FC1, model=(model := Net()), inner="aot_eager", require="sparse")
+    torch.compile(model, backend=check_required)(batch())
+    with pytest.raises(ValueError, match="require='fast': expected None or 'sparse'"):
+        sp.sparse_backend(FC1, require="fast")
