@@ -190,7 +190,7 @@ def _new_plan(problem: Problem, algorithm: int | None, bias: Tensor | None) -> P
 def product(
     form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | None = None, output: Tensor | None = None
 ) -> Tensor:
-    """Multiply as the form says: packed A [N, K] as `reference.weights.pack`, B, a bias [N] or None -> D.
+    """Multiply as the form says: packed A [N, K] as `ops.reference.weights.pack`, B, a bias [N] or None -> D.
 
     All of one dtype, float16 or bfloat16, on the current device, contiguous; M a positive multiple of 8. Runs on the
     current stream, by the library version's default algorithm. RuntimeError if the library refuses.

@@ -84,9 +84,10 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> None:
         )
 
 
-def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | None, what: str, count: str) -> None:
-    """what: the dense operand and its shape, such as "input [M, K]". count: what the operator calls n."""
-    spec, (name, _, letters) = PRODUCTS[form], what.partition(" ")
+def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | None, names: tuple[str, str]) -> None:
+    """names: of the dense operand, with its shape as in "input [M, K]", and of n, as the operator has them."""
+    spec, (what, count) = PRODUCTS[form], names
+    name, _, letters = what.partition(" ")
     fits, k = False, 0
     if dense.dim() == 2 and packed.dim() == 1:
         _, k = spec.dense_shape(*dense.shape)

@@ -116,12 +116,12 @@ SPARSIFY_MVUE_SUM = define(
 # Products
 
 
-def _define_product(form: Form, arguments: str, what: str, count: str) -> Kernels:
-    """what, count: see `checks.product`."""
+def _define_product(form: Form, arguments: str, names: tuple[str, str]) -> Kernels:
+    """names: see `checks.product`."""
     spec = PRODUCTS[form]
 
     def check(*args: Tensor, tuned: bool = False) -> None:
-        checks.product(form, *spec.operands(*args), what, count)
+        checks.product(form, *spec.operands(*args), names)
 
     def fake(*args: Tensor, tuned: bool = False) -> Tensor:
         dense, _, n, _ = spec.operands(*args)
@@ -138,15 +138,14 @@ def _define_product(form: Form, arguments: str, what: str, count: str) -> Kernel
 
 
 LINEAR = _define_product(
-    "linear", "Tensor input, Tensor packed, Tensor? bias, SymInt out_features", "input [M, K]", "out_features"
+    "linear", "Tensor input, Tensor packed, Tensor? bias, SymInt out_features", ("input [M, K]", "out_features")
 )
 GRAD_WEIGHT = _define_product(
-    "grad_weight", "Tensor packed, Tensor input, SymInt out_features", "input [M, K]", "out_features"
+    "grad_weight", "Tensor packed, Tensor input, SymInt out_features", ("input [M, K]", "out_features")
 )
-INPUT_LINEAR = _define_product("input", "Tensor packed, Tensor weight, SymInt rows", "weight [N, K]", "rows")
+INPUT_LINEAR = _define_product("input", "Tensor packed, Tensor weight, SymInt rows", ("weight [N, K]", "rows"))
 INPUT_GRAD_WEIGHT = _define_product(
     "input_grad_weight",
     "Tensor packed_t, Tensor grad_output, SymInt in_features",
-    "grad_output [M, N]",
-    "in_features",
+    ("grad_output [M, N]", "in_features"),
 )
