@@ -187,6 +187,21 @@ def test_files_are_short(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 300
 
 
+SHORT = {"dynamo", "kernels", "ops", "vocabulary"}
+"""Where every function is held to the limits below."""
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if layer(module_name(file)) in SHORT], ids=module_name)
+def test_functions_are_short(file: Path) -> None:
+    """Sixty lines and six parameters, but for the kernels in Triton."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.FunctionDef) or any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            continue
+        parameters = [one.arg for one in (*node.args.args, *node.args.kwonlyargs) if one.arg not in ("self", "cls")]
+        assert (node.end_lineno or 0) - node.lineno < 60, node.name
+        assert len(parameters) <= 6, node.name
+
+
 # What is public
 
 

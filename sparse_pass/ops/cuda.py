@@ -146,7 +146,7 @@ def product(
         bias = None if bias is None else bias.contiguous()
         backend = backend_of(dense.device, dense.dtype)
         output = backend.multiply(form, dense, packed.contiguous(), whole_n, bias, tuned)
-        return output[: shape[0], : shape[1]].contiguous()
+        return output if output.shape == shape else output[: shape[0], : shape[1]].contiguous()
 
 
 def _extended(matrix: Tensor, rows: int, cols: int, *, zeros: bool) -> Tensor:
