@@ -63,6 +63,7 @@ class Product:
 
     def operands(self, first: Any, second: Any, *rest: Any) -> tuple[Any, Any, Any, Any]:
         """B, A packed, N and the bias or None, from the arguments of the operator."""
+        # A packed weight comes second, as in every linear; a packed input or gradient first.
         dense, packed = (first, second) if self.structured == "weight" else (second, first)
         *bias, n = rest
         return dense, packed, n, bias[0] if bias else None
