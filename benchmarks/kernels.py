@@ -14,11 +14,12 @@ import torch
 from measure import arguments, bars, captured, microseconds, save
 from torch import Tensor
 
-from sparse_pass import reference, reference_activation
+from sparse_pass import vocabulary
 from sparse_pass.kernels import compiled, cusparselt, mvue, sparsify, torch_cslt
 from sparse_pass.kernels.cusparselt_library import version
 from sparse_pass.kernels.measure import dense_matmul
 from sparse_pass.kernels.problem import Problem, algorithms
+from sparse_pass.ops.reference import inputs as reference_inputs
 
 sparse = torch.ops.sparse_pass
 
@@ -78,7 +79,7 @@ def sparsify_table(seconds: float, warps: list[int]) -> pd.DataFrame:
             (torch.float16, torch.float16),
             (torch.float32, torch.bfloat16),
         ):
-            for mask in reference.MASKS:
+            for mask in vocabulary.MASKS:
                 weight = normal(n, k, dtype=stored)
                 moved = weight.nbytes + 2 * 2 * n * k * 9 // 16
                 masked = (weight * sparsify.mask24(weight, mask)).to(packed)
@@ -118,8 +119,8 @@ def rows_table(seconds: float) -> pd.DataFrame:
             "MVUE(dY)^T and sums": (3.125, lambda: mvue.sparsify_mvue_sum(x, seed)),  # noqa: B023
             "MVUE(dY), dense": (4, lambda: mvue.mvue24(x, seed)),  # noqa: B023
         }
-        for name in reference_activation.ACTIVATIONS:
-            beside = gate if name in reference_activation.GATED else None
+        for name in reference_inputs.ACTIVATIONS:
+            beside = gate if name in reference_inputs.GATED else None
             kernels[f"S(x), {name}"] = (
                 4.25 if beside is None else 6.25,
                 lambda beside=beside, name=name: sparsify.sparsify_input(x, beside, "optimal", name),  # noqa: B023
@@ -148,8 +149,8 @@ def host_table() -> pd.DataFrame:
     output = normal(256, n)
     dense = weight * sparsify.mask24(weight, "optimal")
     steps: dict[str, Callable[[], object]] = {
-        "binding": lambda: cusparselt.linear(x, packed, None, n),
-        "binding, bias": lambda: cusparselt.linear(x, packed, bias, n),
+        "binding": lambda: cusparselt.product("linear", x, packed, n),
+        "binding, bias": lambda: cusparselt.product("linear", x, packed, n, bias),
         "compiled code's call": lambda: compiled.linear_into(x, packed, tuned=True, out=output),
         "compiled code's call, bias": lambda: compiled.linear_into(x, packed, bias, tuned=True, out=output),
         "compiled code's call, sparsify": lambda: compiled.sparsify(weight, "optimal", weight.dtype),
@@ -157,7 +158,7 @@ def host_table() -> pd.DataFrame:
         "torch.ops linear, bias": lambda: sparse.linear(x, packed, bias, n),
         "torch.ops linear, bias, padded rows": lambda: sparse.linear(x[:250], packed, bias, n),
         "torch.ops sparsify": lambda: sparse.sparsify(weight, "optimal"),
-        "torch._cslt_sparse_mm": lambda: torch_cslt.linear(x, packed, bias, n),
+        "torch._cslt_sparse_mm": lambda: torch_cslt.product("linear", x, packed, n, bias),
         "dense linear": lambda: torch.nn.functional.linear(x, dense, bias),
     }
     with torch.no_grad():

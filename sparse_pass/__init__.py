@@ -11,7 +11,7 @@ from .config import ActivationSparsity, WeightSparsity
 from .explain import explain
 from .graph_pass import SparsePass
 from .inductor import inductor_options
-from .ops import mask24
+from .ops.definitions import mask24
 from .prune import prune_
 from .report import Report, Site
 from .rewrite_graph import rewrite

@@ -26,8 +26,6 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import input_ops as _input_ops  # noqa: F401  (registers torch.ops.sparse_pass)
-from . import ops as _ops  # noqa: F401
 from .editor import Editor
 from .fusion import Activation, activation_of
 from .gemms import Input, Linear, aten, bias_of, input_of, is_flip, is_move, made_by, trace

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .gemms import aten
 
-# By the names of `reference_activation.ACTIVATIONS`, the most specific first, in every way that people write them.
+# By the names of `ops.reference.inputs.ACTIVATIONS`, the most specific first, in every way that people write them.
 _WRITTEN: tuple[tuple[str, Callable[..., torch.Tensor]], ...] = (
     ("squared_relu", lambda x: F.relu(x).square()),
     ("squared_relu", lambda x: F.relu(x) * F.relu(x)),

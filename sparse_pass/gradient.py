@@ -26,7 +26,6 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from . import grad_ops as _grad_ops  # noqa: F401  (registers torch.ops.sparse_pass)
 from .editor import Editor
 from .gemms import GradWeight, aten
 

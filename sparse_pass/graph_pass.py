@@ -17,9 +17,10 @@ from torch.fx import Graph
 
 from .config import Config, Require, Scheme, Tune
 from .fqn import choose, parse_config
-from .legal import KERNEL_DTYPES, Limits, device_limits
+from .legal import Limits, device_limits
 from .report import Report, merge
 from .rewrite_graph import Names, is_logged, rewrite_graph
+from .vocabulary import KERNEL_DTYPES
 
 
 class SparsePass(CustomGraphPass):
@@ -69,7 +70,7 @@ class SparsePass(CustomGraphPass):
                 " options={'joint_custom_pre_pass': SparsePass(config)} with the default backend"
             )
         if "torch._inductor.graph" in sys.modules:  # else nothing is compiled: `inner="aot_eager"`, `explain`
-            from . import lowering
+            from .ops import lowering
 
             lowering.register()
         names = self._names.get(threading.get_ident())

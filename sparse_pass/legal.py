@@ -13,16 +13,7 @@ from torch.fx import Node
 
 from .config import ActivationSparsity, Scheme, WeightSparsity, input_scheme, weight_scheme
 from .gemms import Linear, Use, aten, input_of, is_flip, made_by
-
-TILE = 4
-"""Masks are chosen in tiles of 4x4: both dims of a weight must be multiples of 4."""
-KERNEL_TILE = 64
-"""The packed layout is made of tiles of 64x64: N and K of a sparse GEMM must be multiples of 64."""
-GRAD_TILE = 16
-"""K of a 2:4 gradient's GEMM, whose sparse operand is [N, M], must be a multiple of 16: a limit of cuSPARSELt."""
-KERNEL_DTYPES = (torch.float16, torch.bfloat16)
-MIN_CAPABILITY = (8, 0)
-"""Sparse tensor cores came with SM80 (A100)."""
+from .vocabulary import GRAD_TILE, KERNEL_DTYPES, KERNEL_TILE, MIN_CAPABILITY, TILE
 
 _KEEPS = frozenset(
     {

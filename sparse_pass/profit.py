@@ -117,7 +117,8 @@ def _timing(value: torch.Tensor, m: Any, n: Any, k: Any, bias: bool, form: Any) 
     from .kernels.measure import timing_of
     from .kernels.problem import Problem
 
-    if probe.layout(value.device, value.dtype) != probe.SM90:
+    backend = probe.backend(value.device, value.dtype)
+    if isinstance(backend, str) or not backend.is_measured:
         return None  # torch's own calls choose their algorithm themselves
     timing = timing_of(Problem(_index(value.device), value.dtype, m, n, k, bias, form), measure=True)
     return None if timing is None else (timing.sparse_us, timing.dense_us)

@@ -10,7 +10,7 @@ from .config import Config, input_scheme, weight_scheme
 from .fqn import normalize, parse_config
 from .legal import why_shape_skipped
 from .model_names import check_names, chosen_weights
-from .ops import mask24
+from .ops.definitions import mask24
 from .report import Report, Site
 
 _REMOVALS = {

@@ -27,11 +27,11 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from . import ops as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
 from .config import WeightSparsity
 from .editor import Editor
 from .gemms import Linear, Use, aten, bias_of
 from .legal import reads_rows
+from .ops import definitions as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
 
 sparse_ops = torch.ops.sparse_pass
 

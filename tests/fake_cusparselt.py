@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_pass import cuda_ops, reference
-from sparse_pass.kernels import cusparselt, cusparselt_library
+from sparse_pass.kernels import backends, cusparselt, cusparselt_library
+from sparse_pass.ops import cuda
+from sparse_pass.ops.reference import weights as reference
+from sparse_pass.vocabulary import packed_numel
 
 ROW = 2
 TRANSPOSE = 1
@@ -157,7 +159,7 @@ def _memory(address: int, count: int, dtype: torch.dtype) -> Tensor:
 def _at(address: int, matrix: SimpleNamespace) -> Tensor:
     rows, cols = matrix.rows, matrix.cols
     if matrix.sparse:
-        return reference.unpack(_memory(address, rows * cols * 9 // 16, matrix.dtype), rows, cols)
+        return reference.unpack(_memory(address, packed_numel(rows, cols), matrix.dtype), rows, cols)
     whole = _memory(address, rows * cols, matrix.dtype)
     assert matrix.leading == (cols if matrix.order == ROW else rows)
     return whole.view(rows, cols) if matrix.order == ROW else whole.view(cols, rows).T
@@ -174,7 +176,7 @@ def install(monkeypatch: pytest.MonkeyPatch, library: FakeCusparselt) -> None:
     monkeypatch.setattr(cusparselt_library, "_load", lambda: library)
     monkeypatch.setattr(cusparselt, "_empty_strided_cuda", empty)
     monkeypatch.setattr(cusparselt, "_PLANS", {})
-    monkeypatch.setattr(cuda_ops, "is_sm90_layout", lambda device, dtype: True)
+    monkeypatch.setattr(cuda, "backend_of", lambda device, dtype: backends.SM90)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor says

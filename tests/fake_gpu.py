@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sparse_pass import kernels, reference, reference_activation, reference_mvue
+from sparse_pass import kernels
 from sparse_pass.kernels import cusparselt
+from sparse_pass.ops.reference import gradients as reference_gradients
+from sparse_pass.ops.reference import inputs as reference_inputs
+from sparse_pass.ops.reference import weights as reference
 
 OWN = -1
 """The number of the device, as a CPU tensor says."""
@@ -24,12 +27,12 @@ KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
         "mask24": reference.mask24,
         "sparsify": reference.sparsify,
         "sparsify_one": reference.sparsify_one,
-        "sparsify_input": reference_activation.sparsify_input,
+        "sparsify_input": reference_inputs.sparsify_input,
     },
     "mvue": {
-        "mvue24": reference_mvue.mvue24,
-        "sparsify_mvue": reference_mvue.sparsify_mvue,
-        "sparsify_mvue_sum": reference_mvue.sparsify_mvue_sum,
+        "mvue24": reference_gradients.mvue24,
+        "sparsify_mvue": reference_gradients.sparsify_mvue,
+        "sparsify_mvue_sum": reference_gradients.sparsify_mvue_sum,
     },
 }
 
@@ -62,7 +65,7 @@ def install_kernels(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def _compress(masked: Tensor) -> Tensor:
     assert masked.is_contiguous()
     assert (masked.unflatten(1, (-1, 4)).count_nonzero(-1) <= 2).all()
-    return reference.pack(masked, reference_activation.input_mask24(masked, "rowwise")).view(masked.shape[0], -1)
+    return reference.pack(masked, reference_inputs.input_mask24(masked, "rowwise")).view(masked.shape[0], -1)
 
 
 def _sparse_mm(

@@ -11,8 +11,11 @@ import torch
 from support import assert_same_packed, bits, split_packed
 from torch import Tensor
 
-from sparse_pass import reference, reference_activation, reference_mvue
+from sparse_pass import vocabulary
 from sparse_pass.kernels import memory, mvue, sparsify
+from sparse_pass.ops.reference import gradients as reference_gradients
+from sparse_pass.ops.reference import inputs as reference_inputs
+from sparse_pass.ops.reference import weights as reference
 
 INF, NAN = float("inf"), float("nan")
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
@@ -37,7 +40,7 @@ def check_weights() -> None:
     for source in (torch.float32, BFLOAT16, HALF):
         weights = torch.randn(64, 256).to(source), torch.randint(-2, 3, (64, 64)).to(source).T, special(source)
         target = BFLOAT16 if source is BFLOAT16 else HALF
-        for mask in reference.MASKS:
+        for mask in vocabulary.MASKS:
             small = torch.randn(20, 132).to(source)
             assert torch.equal(sparsify.mask24(small, mask), reference.mask24(small, mask))
             for number, weight in enumerate(weights):
@@ -68,20 +71,20 @@ def check_gradients() -> None:
         grad, seed = gradient(rows, cols), torch.tensor([2**40 * number + 3])
         for one in (grad, grad.T.contiguous().T):
             about = (rows, cols, one.stride())
-            assert_same(mvue.mvue24(one, seed), reference_mvue.mvue24(grad, seed), about)
-            assert_same_packed(mvue.sparsify_mvue(one, seed), reference_mvue.sparsify_mvue(grad, seed), about)
+            assert_same(mvue.mvue24(one, seed), reference_gradients.mvue24(grad, seed), about)
+            assert_same_packed(mvue.sparsify_mvue(one, seed), reference_gradients.sparsify_mvue(grad, seed), about)
         finite = torch.where(grad.isfinite(), grad, 1)
-        (packed, sums), expected = (kernels.sparsify_mvue_sum(finite, seed) for kernels in (mvue, reference_mvue))
+        (packed, sums), expected = (kernels.sparsify_mvue_sum(finite, seed) for kernels in (mvue, reference_gradients))
         assert_same_packed(packed, expected[0], (rows, cols))
         torch.testing.assert_close(sums, expected[1])
     odd = gradient(70, 36)  # no multiple of 64: dense only
-    assert_same(mvue.mvue24(odd, seed), reference_mvue.mvue24(odd, seed), "odd")
+    assert_same(mvue.mvue24(odd, seed), reference_gradients.mvue24(odd, seed), "odd")
 
 
 def check_bfloat16_gradients() -> None:
     """What is kept. Draws are made in float32."""
     grad, seed = gradient(70, 64).bfloat16(), torch.tensor([5])
-    actual, expected = mvue.sparsify_mvue(grad, seed), reference_mvue.sparsify_mvue(grad, seed)
+    actual, expected = mvue.sparsify_mvue(grad, seed), reference_gradients.sparsify_mvue(grad, seed)
     assert torch.equal(split_packed(actual)[1], split_packed(expected)[1])
 
 
@@ -99,7 +102,7 @@ def input_of(activation: str, rows: int, cols: int) -> Tensor:
 
 def check_input(x: Tensor, gate: Tensor | None, mask: str, activation: str) -> None:
     about = activation, mask, x.shape
-    results = [kernels.sparsify_input(x, gate, mask, activation) for kernels in (sparsify, reference_activation)]
+    results = [kernels.sparsify_input(x, gate, mask, activation) for kernels in (sparsify, reference_inputs)]
     for actual, expected in zip(*results, strict=True):
         if activation in EXACT:
             assert_same_packed(actual, expected, about)
@@ -109,9 +112,9 @@ def check_input(x: Tensor, gate: Tensor | None, mask: str, activation: str) -> N
 
 
 def check_inputs() -> None:
-    for activation in reference_activation.ACTIVATIONS:
+    for activation in reference_inputs.ACTIVATIONS:
         for rows, cols, mask in ((64, 128, "greedy"), (70, 64, "optimal")):
-            gate = torch.randn(rows, 2 * cols).half()[:, cols:] if activation in reference_activation.GATED else None
+            gate = torch.randn(rows, 2 * cols).half()[:, cols:] if activation in reference_inputs.GATED else None
             check_input(input_of(activation, rows, cols), gate, mask, activation)
     check_input(torch.randn(64, 70).half().T, None, "optimal", "none")
 

@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_pass as sp
-from sparse_pass import cuda_ops, reference_activation, reference_mvue
 from sparse_pass.config import input_scheme, weight_scheme
+from sparse_pass.ops import definitions
+from sparse_pass.ops.reference import compiled
+from sparse_pass.ops.reference import gradients as reference_gradients
 
 FUSED: dict[str, Callable[..., Tensor]] = {
     "none": lambda x: x,
@@ -48,30 +50,30 @@ class Seen:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        modules: list[Any] = [reference_activation, reference_mvue, cuda_ops]
+        modules: list[Any] = [compiled]  # what Inductor's code calls, beside the operators
         if torch.cuda.is_available():
-            from sparse_pass.kernels import compiled  # what Inductor's code calls
+            from sparse_pass.kernels import compiled as compiled_for_gpus
 
-            modules.append(compiled)
+            modules.append(compiled_for_gpus)
+        library = torch.library.Library("sparse_pass", "IMPL")
         with ExitStack() as stack:
-            inside: list[str] = []
-            for module in modules:
-                for name in (*INPUTS, *GRADS):
+            stack.callback(library._destroy)
+            for name in (*INPUTS, *GRADS):
+                for module in modules:
                     if hasattr(module, name):
-                        stack.enter_context(mock.patch.object(module, name, self._watched(module, name, inside)))
+                        watched = self._watched(getattr(module, name), name)
+                        stack.enter_context(mock.patch.object(module, name, watched))
+                kernels = getattr(definitions, name.upper())
+                library.impl(name, self._watched(kernels.cpu, name), "CPU", allow_override=True)
+                library.impl(name, self._watched(kernels.cuda, name), "CUDA", allow_override=True)
             yield
 
-    def _watched(self, module: Any, name: str, inside: list[str]) -> Callable[..., Any]:
-        kernel, note = getattr(module, name), self._input if name in INPUTS else self._grad
+    def _watched(self, kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
+        note = self._input if name in INPUTS else self._grad
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not inside:  # some are made of others
-                note(*args)
-            inside.append(name)
-            try:
-                return kernel(*args, **kwargs)
-            finally:
-                inside.pop()
+            note(*args)
+            return kernel(*args, **kwargs)
 
         return call
 
@@ -184,7 +186,7 @@ class Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if on_weight is not None and on_weight.grad_weight == "mvue":
                 drawn = ctx.match.grad(grad, ctx.name)
-                estimate = grad if drawn is None else reference_mvue.mvue24(*drawn).to(grad.dtype)
+                estimate = grad if drawn is None else reference_gradients.mvue24(*drawn).to(grad.dtype)
                 grad_weight = estimate.T @ x
             else:
                 grad_weight = grad.T @ _masked(x, kept_x)

@@ -26,9 +26,9 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 import sparse_pass as sp
-from sparse_pass import reference as masks
-from sparse_pass import reference_mvue
 from sparse_pass.config import input_scheme, weight_scheme
+from sparse_pass.ops.reference import gradients as reference_gradients
+from sparse_pass.ops.reference import weights as masks
 
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -362,7 +362,7 @@ class MaskedProduct(torch.autograd.Function):
         if on_weight.grad_weight == "mvue":
             seen, seed = ctx.drawn.pop(0)
             assert relative_error(seen, grad) < TOLERANCE[grad.dtype]
-            grad_weight = reference_mvue.mvue24(seen, seed).T @ x
+            grad_weight = reference_gradients.mvue24(seen, seed).T @ x
         else:
             grad_weight = grad.T @ torch.where(kept, x, 0)
         if on_weight.grad_weight == "masked":
@@ -421,7 +421,7 @@ def compare_inputs(
     """
     backend = sp.sparse_backend(config, model=model, inner=inner)
     drawn: list[Any] = []
-    estimate = reference_mvue._estimate
+    estimate = reference_gradients._estimate
 
     def record(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         drawn.append((grad.clone(), seed.clone()))
@@ -431,7 +431,7 @@ def compare_inputs(
     with fresh_compile(), invariants_checked():
         compiled = torch.compile(model, backend=backend, dynamic=None if dynamic == "batch" else dynamic)
         for x in batches:
-            with mock.patch.object(reference_mvue, "_estimate", record):
+            with mock.patch.object(reference_gradients, "_estimate", record):
                 actual = run(compiled, dict(model.named_parameters()), [x], mark_dynamic=dynamic == "batch", **options)
             reference = hook_inputs(copied(model), config, drawn)
             expected = run(reference, dict(reference.named_parameters()), [x], **options)

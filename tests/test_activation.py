@@ -31,9 +31,9 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
-from sparse_pass import reference_activation
 from sparse_pass.fqn import parse_config
 from sparse_pass.graph_pass import rewrite_graph
+from sparse_pass.ops.reference import inputs as reference_inputs
 
 ACT = sp.ActivationSparsity()
 MASKED = sp.ActivationSparsity(grad_input="masked")
@@ -448,14 +448,14 @@ def test_pair_with_kernels() -> None:
 def test_fused_activations_round_as_inductor_does(dtype: torch.dtype) -> None:
     """Once, from float32: a near tie has the same mask whether a kernel computes the activation or Inductor."""
     x, gate = torch.randn(2, 64, 64).to(dtype)
-    for name, function in reference_activation.ACTIVATIONS.items():
+    for name, function in reference_inputs.ACTIVATIONS.items():
         arguments = (x, gate) if name == "silu_gate" else (x,)
         compiled = torch.compile(lambda *args, f=function: f(*args))(*arguments)
-        once = reference_activation.activate(x, gate if name == "silu_gate" else None, name)
+        once = reference_inputs.activate(x, gate if name == "silu_gate" else None, name)
         # Inductor's erf is another one than torch's; rounded twice, a quarter of silu_gate would differ.
         assert (compiled != once).float().mean() < 0.002
     # Op by op it is rounded twice: as the README says, some masks are others.
-    ones = [sp.mask24(reference_activation.activate(x, gate, "silu_gate")), sp.mask24(F.silu(x) * gate)]
+    ones = [sp.mask24(reference_inputs.activate(x, gate, "silu_gate")), sp.mask24(F.silu(x) * gate)]
     assert (ones[0] != ones[1]).float().mean() < 0.005
 
 

@@ -16,10 +16,13 @@ from fake_cusparselt import EXECUTION_FAILED, NOT_SUPPORTED, FakeCusparselt
 from support import TOLERANCE, relative_error
 from torch import Tensor
 
-from sparse_pass import cuda_ops, reference
 from sparse_pass.kernels import cusparselt, memory, recent, timings
-from sparse_pass.kernels.problem import B_TRANSPOSED, D_TRANSPOSED, FORMS, Form, Problem
+from sparse_pass.kernels.problem import Problem
 from sparse_pass.kernels.timings import Timing
+from sparse_pass.ops import cuda
+from sparse_pass.ops.reference import products
+from sparse_pass.ops.reference import weights as reference
+from sparse_pass.vocabulary import FORMS, PRODUCTS, Form
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the library itself is there")
 
@@ -37,10 +40,10 @@ class Case:
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        return self.input, self.packed, self.bias, N
+        return "linear", self.input, self.packed, N, self.bias
 
     def is_right(self, output: Tensor) -> bool:
-        expected = reference.linear(*self.operands)
+        expected = products.product(*self.operands)
         return relative_error(output, expected) < TOLERANCE[self.weight.dtype]
 
 
@@ -48,9 +51,9 @@ class Case:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_linear(library: FakeCusparselt, bias: bool, dtype: torch.dtype) -> None:
     case = Case(bias=bias, dtype=dtype)
-    assert case.is_right(cusparselt.linear(*case.operands))
+    assert case.is_right(cusparselt.product(*case.operands))
     output = torch.empty(M, N, dtype=dtype)
-    assert cusparselt.linear(*case.operands, output) is output
+    assert cusparselt.product(*case.operands, output) is output
     assert case.is_right(output)
 
 
@@ -59,7 +62,7 @@ def test_linear(library: FakeCusparselt, bias: bool, dtype: torch.dtype) -> None
 def test_any_number_of_rows(library: FakeCusparselt, tuner: SimpleNamespace, rows: int, tuned: bool) -> None:
     """The library takes multiples of 8."""
     case = Case(rows)
-    assert case.is_right(cuda_ops.linear(*case.operands, tuned))
+    assert case.is_right(cuda.product(*case.operands, tuned))
 
 
 def test_operands_between_two_steps_of_16_bytes(library: FakeCusparselt) -> None:
@@ -68,18 +71,18 @@ def test_operands_between_two_steps_of_16_bytes(library: FakeCusparselt) -> None
         shifted = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
         setattr(case, name, shifted)
     assert case.input.data_ptr() % 16
-    assert case.is_right(cusparselt.linear(*case.operands))
+    assert case.is_right(cusparselt.product(*case.operands))
 
 
 def test_one_plan_serves_calls_of_one_shape(library: FakeCusparselt) -> None:
     """With the bias of each call, not of the first."""
     for _ in range(3):
         case = Case()
-        assert case.is_right(cusparselt.linear(*case.operands))
+        assert case.is_right(cusparselt.product(*case.operands))
     assert library.calls["MatmulPlanInit"] == 1
     assert library.calls["Init"] == 1
     case = Case(bias=False)
-    assert case.is_right(cusparselt.linear(*case.operands))
+    assert case.is_right(cusparselt.product(*case.operands))
     assert library.calls["MatmulPlanInit"] == 2
 
 
@@ -88,7 +91,7 @@ def test_plans_are_limited_in_number(library: FakeCusparselt, monkeypatch: pytes
     monkeypatch.setattr(recent, "LIMIT", 2)
     for rows in (8, 16, 24, 32):
         case = Case(rows)
-        assert case.is_right(cusparselt.linear(*case.operands))
+        assert case.is_right(cusparselt.product(*case.operands))
     gc.collect()
     assert len(cusparselt._PLANS) == 2
     assert library.calls["MatmulPlanDestroy"] == 2
@@ -112,7 +115,7 @@ def test_memory_past_the_end_of_a_packed_matrix(
 
     monkeypatch.setattr(library, "Matmul", matmul, raising=False)
     for packed in (exact, roomy, memory.with_room(exact)):
-        cusparselt.linear(x, packed, None, N)
+        cusparselt.product("linear", x, packed, N)
     copied = cols % 256 != 0
     assert (seen[0] != exact.data_ptr()) == copied
     assert seen[1] == roomy.data_ptr()
@@ -135,38 +138,38 @@ def test_plan_that_cannot_be_built(library: FakeCusparselt, failing: str) -> Non
     case = Case()
     library.statuses[failing] = NOT_SUPPORTED
     with pytest.raises(RuntimeError) as failure:
-        cusparselt.linear(*case.operands)
+        cusparselt.product(*case.operands)
     for part in (f"cusparseLt{failing}", "status 10 (CUSPARSE_STATUS_NOT_SUPPORTED)", f"[{N}, {K}] x [{K}, {M}]"):
         assert part in str(failure.value)
     del failure
     gc.collect()
     assert library.alive == {}
     library.statuses.clear()
-    assert case.is_right(cusparselt.linear(*case.operands))
+    assert case.is_right(cusparselt.product(*case.operands))
 
 
 def test_launch_that_fails(library: FakeCusparselt) -> None:
     """The plan is not lost: the next call is right."""
     case = Case()
-    assert case.is_right(cusparselt.linear(*case.operands))
+    assert case.is_right(cusparselt.product(*case.operands))
     library.statuses["Matmul"] = EXECUTION_FAILED
     other = Case()
     with pytest.raises(RuntimeError, match=rf"cusparseLtMatmul returned status 6 .* for linear: 2:4 \[{N}, {K}\]"):
-        cusparselt.linear(*other.operands)
+        cusparselt.product(*other.operands)
     library.statuses.clear()
-    assert other.is_right(cusparselt.linear(*other.operands))
-    assert case.is_right(cusparselt.linear(*case.operands))
+    assert other.is_right(cusparselt.product(*other.operands))
+    assert case.is_right(cusparselt.product(*case.operands))
 
 
 def test_bias_that_cannot_be_set(library: FakeCusparselt) -> None:
     """The next call does not take the bias of the one before."""
     case, other = Case(), Case()
-    assert case.is_right(cusparselt.linear(*case.operands))
+    assert case.is_right(cusparselt.product(*case.operands))
     library.statuses["MatmulDescSetAttribute"] = EXECUTION_FAILED
     with pytest.raises(RuntimeError, match="cusparseLtMatmulDescSetAttribute returned status 6"):
-        cusparselt.linear(*other.operands)
+        cusparselt.product(*other.operands)
     library.statuses.clear()
-    assert other.is_right(cusparselt.linear(*other.operands))
+    assert other.is_right(cusparselt.product(*other.operands))
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "linear"])
@@ -175,9 +178,9 @@ def test_products_of_every_form(library: FakeCusparselt, form: Form) -> None:
     kept = torch.randn(rows, inner).bfloat16()
     packed = reference.sparsify(kept, "optimal", kept.dtype)[0]
     kept = kept * reference.mask24(kept, "optimal")
-    dense = torch.randn(*((cols, inner) if B_TRANSPOSED[form] else (inner, cols))).bfloat16()
-    expected = kept @ (dense.T if B_TRANSPOSED[form] else dense)
-    expected = expected.T if D_TRANSPOSED[form] else expected
+    dense = torch.randn(*((cols, inner) if PRODUCTS[form].b_transposed else (inner, cols))).bfloat16()
+    expected = kept @ (dense.T if PRODUCTS[form].b_transposed else dense)
+    expected = expected.T if PRODUCTS[form].d_transposed else expected
     output = cusparselt.product(form, dense, packed, rows)
     assert output.is_contiguous()
     assert relative_error(output, expected) < TOLERANCE[torch.bfloat16]
@@ -195,17 +198,17 @@ def test_out_of_memory_in_the_workspace(library: FakeCusparselt, monkeypatch: py
 
     monkeypatch.setattr(cusparselt, "_empty_strided_cuda", fails)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        cusparselt.linear(*case.operands)
+        cusparselt.product(*case.operands)
     assert library.calls["Matmul"] == 0
     monkeypatch.setattr(cusparselt, "_empty_strided_cuda", empty)
-    assert case.is_right(cusparselt.linear(*case.operands))
+    assert case.is_right(cusparselt.product(*case.operands))
 
 
 def test_default_algorithm_that_is_refused(library: FakeCusparselt) -> None:
     """Then the library's own default computes the same."""
     library.refused = set(range(1, 21))
     case = Case()
-    assert case.is_right(cusparselt.linear(*case.operands))
+    assert case.is_right(cusparselt.product(*case.operands))
     (plan,) = cusparselt._PLANS.values()
     assert plan.algorithm == 0
 
@@ -214,7 +217,7 @@ def test_default_algorithm_that_is_refused(library: FakeCusparselt) -> None:
 def test_ids_of_another_version_are_not_guessed(library: FakeCusparselt, version: tuple[int, int, int]) -> None:
     library.version = version
     case = Case()
-    assert case.is_right(cusparselt.linear(*case.operands))
+    assert case.is_right(cusparselt.product(*case.operands))
     (plan,) = cusparselt._PLANS.values()
     assert plan.algorithm == 0
 
@@ -239,7 +242,7 @@ def tuner(library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(tuner, "_CHOSEN", {})
     monkeypatch.setattr(timings, "_KNOWN", {})
     monkeypatch.setattr(timings, "path", lambda device: tmp_path / "gpu.json")
-    state.linear = tuner.linear
+    state.product = tuner.product
     return state
 
 
@@ -250,18 +253,18 @@ def algorithms() -> set[int]:
 def test_what_was_measured_is_used_and_remembered(tuner: SimpleNamespace) -> None:
     for _ in range(3):
         case = Case()
-        assert case.is_right(tuner.linear(*case.operands))
+        assert case.is_right(tuner.product(*case.operands))
     assert algorithms() == {12}
     assert tuner.races == [64]
     timings._KNOWN.clear()  # as in another process
-    tuner.linear(*Case(rows=64).operands)
+    tuner.product(*Case(rows=64).operands)
     assert tuner.races == [64]
 
 
 def test_rows_that_change_measure_a_few_times(tuner: SimpleNamespace) -> None:
     for rows in (8, 56, 64, 72, 96, 104, 128, 136, 200, 256):
         case = Case(rows)
-        assert case.is_right(tuner.linear(*case.operands))
+        assert case.is_right(tuner.product(*case.operands))
     assert tuner.races == [64, 96, 128, 192, 256]
 
 
@@ -272,7 +275,7 @@ def test_measurement_that_fails(tuner: SimpleNamespace, error: Exception, caplog
     """Training goes on with the default algorithm, and the log has the reason."""
     tuner.winner = error
     case = Case()
-    assert case.is_right(tuner.linear(*case.operands))
+    assert case.is_right(tuner.product(*case.operands))
     assert f"could not be measured ({error}): the default algorithm is used" in caplog.text
 
 
@@ -281,7 +284,7 @@ def test_measured_algorithm_that_is_refused(
 ) -> None:
     library.refused = {12}
     case = Case()
-    assert case.is_right(tuner.linear(*case.operands))
+    assert case.is_right(tuner.product(*case.operands))
     assert "CUSPARSE_STATUS_NOT_SUPPORTED" in caplog.text
     assert "the default algorithm is used" in caplog.text
 
@@ -290,16 +293,16 @@ def test_library_that_refuses_all(tuner: SimpleNamespace, library: FakeCusparsel
     tuner.winner = RuntimeError("not measured")
     library.statuses["MatmulPlanInit"] = NOT_SUPPORTED
     with pytest.raises(RuntimeError, match="cusparseLtMatmulPlanInit returned status 10"):
-        tuner.linear(*Case().operands)
+        tuner.product(*Case().operands)
 
 
 def test_id_in_the_cache_that_is_not_tried_here(tuner: SimpleNamespace) -> None:
     """Of an older file, or edited: it may do anything, so the shape is measured again."""
     tuner.winner = 19
-    tuner.linear(*Case(rows=64).operands)
+    tuner.product(*Case(rows=64).operands)
     tuner.winner = 12
     timings._KNOWN.clear()
     case = Case(rows=64)
     sys.modules["sparse_pass.kernels.tuner"]._CHOSEN.clear()
-    assert case.is_right(tuner.linear(*case.operands))
+    assert case.is_right(tuner.product(*case.operands))
     assert tuner.races == [64, 64]

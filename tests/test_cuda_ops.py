@@ -20,9 +20,12 @@ from fake_gpu import OWN, Devices, install_kernels
 from support import TOLERANCE, relative_error
 from torch import Tensor
 
-from sparse_pass import cuda_ops, grad_ops, input_ops, ops, reference
-from sparse_pass.kernels import measure, probe
+from sparse_pass import vocabulary
+from sparse_pass.kernels import backends, measure, probe
 from sparse_pass.kernels.timings import Timing
+from sparse_pass.ops import cuda
+from sparse_pass.ops import definitions as ops
+from sparse_pass.ops.reference import weights as reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the device itself is there")
 
@@ -33,28 +36,27 @@ N, K = 64, 128
 
 @dataclass
 class Gpu:
-    """A device with one of the two layouts; ``called``: its kernels, and how often."""
+    """A device with one of the layouts; ``called``: its kernels, and how often."""
 
     sm90: bool
     called: Counter[str]
     library: FakeCusparselt
 
 
-@pytest.fixture(params=[True, False], ids=["sm90", "compress"])
+@pytest.fixture(params=backends.BACKENDS, ids=lambda backend: backend.name)
 def gpu(
     request: pytest.FixtureRequest, library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch, tuning_folder: Path
 ) -> Gpu:
-    monkeypatch.setattr(cuda_ops, "is_sm90_layout", lambda device, dtype: request.param)
-    monkeypatch.setattr(cuda_ops, "_has_triton", lambda device: True)
+    monkeypatch.setattr(cuda, "backend_of", lambda device, dtype: request.param)
+    monkeypatch.setattr(cuda, "_has_triton", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake")
     monkeypatch.setattr(measure, "_race", lambda problem, candidates: Timing(candidates[-1], 1.0, 2.0))
-    return Gpu(request.param, install_kernels(monkeypatch), library)
+    return Gpu(request.param is backends.SM90, install_kernels(monkeypatch), library)
 
 
 def on_cuda(name: str, *arguments: Any, **options: Any) -> Any:
     """What the dispatcher calls for tensors of a CUDA device."""
-    found = {**vars(ops), **vars(grad_ops), **vars(input_ops)}
-    return found[f"_{name}_cuda"](*arguments, **options)
+    return getattr(ops, name.upper()).cuda(*arguments, **options)
 
 
 def normal(*shape: int, dtype: torch.dtype = BFLOAT16) -> Tensor:
@@ -67,7 +69,7 @@ def makers(rows: int) -> Iterator[tuple[str, tuple[Any, ...], tuple[tuple[int, i
     yield "sparsify", (weight, "optimal"), ((N, K), (K, N))
     yield "sparsify_one", (weight, "greedy", False), ((N, K),)
     yield "sparsify_one", (weight, "greedy", True), ((K, N),)
-    padded = reference.padded(rows)
+    padded = vocabulary.padded(rows)
     yield "sparsify_mvue", (grad, SEED), ((N, padded),)
     yield "sparsify_mvue_sum", (grad, SEED), ((N, padded),)
     yield "sparsify_input", (x, None, "optimal", "relu"), ((padded, K), (K, padded))
@@ -90,7 +92,7 @@ def test_operands_are_those_of_the_cpu(gpu: Gpu, rows: int) -> None:
         if rows and gpu.sm90:
             assert gpu.called == {name: 1}
         elif rows:
-            assert gpu.called["_cslt_compress"] == (2 if name == "sparsify_one" else len(shapes))
+            assert gpu.called["_cslt_compress"] == len(shapes)
             assert not gpu.called[name]
 
 
@@ -152,7 +154,7 @@ def test_on_a_device_that_is_not_current(gpu: Gpu, monkeypatch: pytest.MonkeyPat
 
 def test_masks_and_estimates_are_those_of_the_cpu(gpu: Gpu) -> None:
     matrix = normal(20, 36, dtype=torch.float32)
-    for mask in reference.MASKS:
+    for mask in vocabulary.MASKS:
         assert torch.equal(on_cuda("mask24", matrix, mask), reference.mask24(matrix, mask))
     assert gpu.called == {"mask24": 2}
     expected = torch.ops.sparse_pass.input_mask24(matrix[:18], "optimal")
@@ -191,18 +193,18 @@ def test_masks_without_triton(
     called = install_kernels(monkeypatch)
     Devices(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(cuda_ops.importlib.util, "find_spec", lambda name: object() if triton else None)
-    cuda_ops._has_triton.cache_clear()
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: object() if triton else None)
+    cuda._has_triton.cache_clear()
     weight = normal(8, 8)
     assert torch.equal(on_cuda("mask24", weight, "optimal"), reference.mask24(weight, "optimal"))
     assert called == ({"mask24": 1} if used else {})
-    cuda_ops._has_triton.cache_clear()
+    cuda._has_triton.cache_clear()
 
 
-@pytest.mark.parametrize("found", [probe.SM90, probe.COMPRESS])
-def test_layouts_that_the_probe_finds(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(probe, "layout", lambda device, dtype: found)
-    assert cuda_ops.is_sm90_layout(torch.device("cuda"), BFLOAT16) == (found == probe.SM90)
+@pytest.mark.parametrize("found", backends.BACKENDS, ids=lambda backend: backend.name)
+def test_the_backend_is_what_the_probe_finds(monkeypatch: pytest.MonkeyPatch, found: backends.Backend) -> None:
+    monkeypatch.setattr(probe, "backend", lambda device, dtype: found)
+    assert cuda.backend_of(torch.device("cuda"), BFLOAT16) is found
 
 
 def test_a_device_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

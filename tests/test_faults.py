@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sparse_pass as sp
-from sparse_pass.kernels import cusparselt_library, probe, timings
+from sparse_pass.kernels import backends, cusparselt_library, probe, timings
 from sparse_pass.kernels.timings import Timing
 
 TIMING = Timing(4, 10.0, 20.0)
@@ -247,7 +247,7 @@ def test_status_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that claims to be one, as far as the probe asks."""
-    monkeypatch.setattr(probe, "_layout", probe._layout.__wrapped__)
+    monkeypatch.setattr(probe, "_backend", probe._backend.__wrapped__)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -259,7 +259,7 @@ DEVICE = torch.device("cuda", 0)
 def test_no_kernel_works(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason has the failure of each, in one line."""
 
-    def broken(linear: Any, device: int, dtype: torch.dtype) -> float:
+    def broken(backend: Any, device: int, dtype: torch.dtype) -> float:
         cusparselt_library.check(10, "Init", "cuda:0")
         return 0.0
 
@@ -299,9 +299,9 @@ def test_wrong_results_are_no_kernel(hopper: None, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_next_layout_is_tried(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_error_of", lambda linear, *_: 0.0 if linear is probe._by_torch else 1.1)
+    monkeypatch.setattr(probe, "_error_of", lambda backend, *_: 0.0 if backend is backends.COMPRESS else 1.1)
     assert probe.availability(DEVICE, torch.bfloat16) == ""
-    assert probe.layout(DEVICE, torch.bfloat16) == probe.COMPRESS
+    assert probe.backend(DEVICE, torch.bfloat16) is backends.COMPRESS
 
 
 def test_training_goes_on_masked_dense_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

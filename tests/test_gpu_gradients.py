@@ -12,9 +12,12 @@ from support import assert_same_packed, assert_unbiased, bits, errors, fresh_com
 from torch import Tensor, nn
 
 import sparse_pass as sp
-from sparse_pass import reference, reference_activation, reference_mvue
-from sparse_pass.kernels import probe
-from sparse_pass.kernels.problem import B_TRANSPOSED, D_TRANSPOSED, FORMS, Problem, algorithms
+from sparse_pass.kernels import backends, probe
+from sparse_pass.kernels.problem import Problem, algorithms
+from sparse_pass.ops.reference import gradients as reference_gradients
+from sparse_pass.ops.reference import inputs as reference_inputs
+from sparse_pass.ops.reference import weights as reference
+from sparse_pass.vocabulary import FORMS, PRODUCTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +33,7 @@ MAX_ERROR_RATIO = 1.5
 
 @pytest.fixture(autouse=True)
 def _sm90_layout() -> None:
-    if probe.layout(torch.device("cuda"), torch.bfloat16) != probe.SM90:
+    if probe.backend(torch.device("cuda"), torch.bfloat16) is not backends.SM90:
         pytest.skip("another layout")
 
 
@@ -67,8 +70,8 @@ def test_gradients_are_the_reference(dtype):
     torch.manual_seed(0)
     for number, (rows, cols) in enumerate(((3, 64), (64, 192), (70, 128), (1024, 320), (1000, 64))):
         grad, one = gradient(rows, cols, dtype), seed(2**40 * number + 3)
-        dense = reference_mvue.mvue24(grad.cpu(), one.cpu())
-        packed, sums = reference_mvue.sparsify_mvue_sum(grad.cpu(), one.cpu())
+        dense = reference_gradients.mvue24(grad.cpu(), one.cpu())
+        packed, sums = reference_gradients.sparsify_mvue_sum(grad.cpu(), one.cpu())
         about = (rows, cols, dtype)
         for same in strides(grad) if rows == 70 else [grad]:
             assert torch.equal(bits(sparse.mvue24(same, one).cpu()), bits(dense)), (*about, same.stride())
@@ -79,7 +82,7 @@ def test_gradients_are_the_reference(dtype):
         scale = float(grad.float().nan_to_num(0, 0, 0).abs().max())
         torch.testing.assert_close(their_sums.cpu(), sums, rtol=1e-4, atol=1e-5 * scale, equal_nan=True)
     grad = gradient(70, 51, dtype)  # no multiple of 64: dense only
-    assert torch.equal(bits(sparse.mvue24(grad, one).cpu()), bits(reference_mvue.mvue24(grad.cpu(), one.cpu())))
+    assert torch.equal(bits(sparse.mvue24(grad, one).cpu()), bits(reference_gradients.mvue24(grad.cpu(), one.cpu())))
     assert sparse.sparsify_mvue(grad.new_empty(0, 64), one).numel() == 0
 
 
@@ -103,7 +106,7 @@ def test_inputs_are_the_reference(activation, dtype):
         x = gradient(rows, cols, dtype)
         if activation != "none":
             x = x + 0.0  # torch's relu may keep the sign of a zero
-        expected = reference_activation.sparsify_input(x.cpu(), None, "optimal", activation)
+        expected = reference_inputs.sparsify_input(x.cpu(), None, "optimal", activation)
         for same in strides(x) if (activation, rows) == ("none", 70) else [x]:
             for actual, one in zip(sparse.sparsify_input(same, None, "optimal", activation), expected, strict=True):
                 assert_same_packed(actual.cpu(), one, (activation, rows, same.stride(), dtype))
@@ -111,7 +114,7 @@ def test_inputs_are_the_reference(activation, dtype):
 
 def test_inputs_with_a_greedy_mask_are_the_reference():
     x = gradient(70, 192, torch.bfloat16)
-    expected = reference_activation.sparsify_input(x.cpu(), None, "greedy", "none")
+    expected = reference_inputs.sparsify_input(x.cpu(), None, "greedy", "none")
     for actual, one in zip(sparse.sparsify_input(x, None, "greedy", "none"), expected, strict=True):
         assert_same_packed(actual.cpu(), one, "greedy")
 
@@ -123,12 +126,12 @@ def test_functions_by_the_exponential_of_the_gpu(activation, dtype):
     torch.manual_seed(0)
     rows, cols = 200, 192
     x, both = 3 * normal(rows, cols, dtype=dtype), normal(rows, 2 * cols, dtype=dtype)
-    gate = both[:, cols:] if activation in reference_activation.GATED else None
+    gate = both[:, cols:] if activation in reference_inputs.GATED else None
     packed, packed_t = (one.cpu() for one in sparse.sparsify_input(x, gate, "optimal", activation))
     kept = reference.unpack(packed, 256, cols)
     assert torch.equal(kept, reference.unpack(packed_t, cols, 256).T)
     assert not kept[rows:].any()
-    y = reference_activation.activate(x, gate, activation).cpu()
+    y = reference_inputs.activate(x, gate, activation).cpu()
     chosen = kept[:rows] != 0
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(kept[:rows][chosen], y[chosen], rtol=2 * eps, atol=1e-6)
@@ -193,8 +196,8 @@ def test_nothing_reads_the_old_memory_of_the_output(form, dtype):
     weight, dense = normal(problem.n, problem.k, dtype=dtype), normal(*problem.dense_shape, dtype=dtype)
     packed, _ = sparse.sparsify(weight, "optimal")
     kept = torch.where(sparse.mask24(weight, "optimal"), weight, 0).double()
-    expected = kept @ (dense.double().T if B_TRANSPOSED[form] else dense.double())
-    expected = expected.T if D_TRANSPOSED[form] else expected
+    expected = kept @ (dense.double().T if PRODUCTS[form].b_transposed else dense.double())
+    expected = expected.T if PRODUCTS[form].d_transposed else expected
     default = Plan(problem, 0, None)
     for algorithm in algorithms(version(), dtype, form):
         if algorithm >= default.algorithms:

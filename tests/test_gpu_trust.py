@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import sparse_pass as sp
 from sparse_pass.backend import SparseBackend
 from sparse_pass.config import Scheme
-from sparse_pass.kernels import cusparselt, cusparselt_library, measure, probe, timings, torch_cslt, tuner
+from sparse_pass.kernels import backends, cusparselt, cusparselt_library, measure, probe, timings, tuner
 from sparse_pass.kernels.problem import Problem
 
 pytestmark = [
@@ -340,7 +341,7 @@ def test_out_of_memory_while_measuring(
 def probed_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the probe finds in a test is of that test alone."""
     monkeypatch.setattr(cusparselt, "_PLANS", {})
-    caches = (probe._layout, cusparselt_library._library)
+    caches = (probe._backend, cusparselt_library._library)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -359,13 +360,13 @@ def test_library_missing(probed_again: None, monkeypatch: pytest.MonkeyPatch) ->
     backend = backend_of(model)
     check(torch.compile(model, backend=backend), model, x)
     assert_kernels(backend)
-    assert probe.layout(x.device, x.dtype) == probe.COMPRESS
+    assert probe.backend(x.device, x.dtype) is backends.COMPRESS
 
     def refused(*_: object) -> Tensor:
         raise RuntimeError("cuSPARSELt not supported on your machine")
 
-    monkeypatch.setattr(torch_cslt, "compress", refused)
-    probe._layout.cache_clear()
+    monkeypatch.setattr(backends, "BACKENDS", (backends.SM90, replace(backends.COMPRESS, pack=refused)))
+    probe._backend.cache_clear()
     torch._dynamo.reset()
     backend = backend_of(model)
     check(torch.compile(model, backend=backend), model, x)

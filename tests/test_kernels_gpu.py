@@ -11,9 +11,11 @@ from support import assert_same_packed, in_threads
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_pass import ops, reference
-from sparse_pass.kernels import cusparselt, probe, torch_cslt
+from sparse_pass import vocabulary
+from sparse_pass.kernels import backends, cusparselt, probe, torch_cslt
 from sparse_pass.kernels.problem import Problem
+from sparse_pass.ops import definitions as ops
+from sparse_pass.ops.reference import weights as reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,14 +87,14 @@ def linear_case(n: int, k: int, dtype: torch.dtype, mask: str = "optimal") -> tu
 
 
 def test_the_layout_of_this_device():
-    found = probe.layout(torch.device("cuda"), torch.bfloat16)
+    found = probe.backend(torch.device("cuda"), torch.bfloat16)
     if torch.cuda.get_device_capability() == (9, 0):
-        assert found == probe.SM90, found
+        assert found is backends.SM90, found
     else:
-        assert found in (probe.SM90, probe.COMPRESS), found
+        assert found in backends.BACKENDS, found
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 @pytest.mark.parametrize(
     ("source", "target"),
     [
@@ -115,7 +117,7 @@ def test_sparsify_is_the_reference(source, target, mask):
                 assert_same_packed(actual.cpu(), one, about)
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 def test_sparsify_takes_any_strides(mask):
     kernels = sparsify_kernels()
     weight = normal(192, 128, dtype=torch.bfloat16)
@@ -130,7 +132,7 @@ def test_sparsify_takes_any_strides(mask):
         assert torch.equal(kernels.mask24(same, mask), reference.mask24(weight, mask))
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 def test_mask24_of_shapes_that_are_no_blocks(mask):
     for rows, cols in ((4, 4), (20, 132), (68, 64), (1000, 36)):
         for dtype in (torch.float32, torch.float64):
@@ -159,7 +161,7 @@ def test_sparsify_of_float64_compares_in_float64():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_is_what_the_library_compresses(dtype):
-    if probe.layout(torch.device("cuda"), dtype) != probe.SM90:
+    if probe.backend(torch.device("cuda"), dtype) is not backends.SM90:
         pytest.skip("another layout")
     weight = normal(320, 192, dtype=dtype)
     assert (weight != 0).all()
@@ -184,7 +186,7 @@ def test_greedy_is_that_of_torch_core():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 def test_linear_is_as_exact_as_dense(dtype, mask):
     for n, k in ((64, 64), (320, 192), (1024, 512)):
         masked, packed, packed_t, bias = linear_case(n, k, dtype, mask)
@@ -219,7 +221,7 @@ def test_linear_takes_any_strides_and_alignment():
 
 def test_every_algorithm_is_right():
     """One that is not would be an upstream bug (pytorch#155333 on A100); here it names the ids."""
-    if probe.layout(torch.device("cuda"), torch.bfloat16) != probe.SM90:
+    if probe.backend(torch.device("cuda"), torch.bfloat16) is not backends.SM90:
         pytest.skip("another layout")
     masked, packed, _, bias = linear_case(512, 256, torch.bfloat16)
     x = normal(1024, 256, dtype=torch.bfloat16)
@@ -247,7 +249,7 @@ def test_a_wrong_algorithm_and_a_wrong_shape_are_refused_with_the_shapes():
 
 
 def test_one_plan_serves_every_bias():
-    if probe.layout(torch.device("cuda"), torch.bfloat16) != probe.SM90:
+    if probe.backend(torch.device("cuda"), torch.bfloat16) is not backends.SM90:
         pytest.skip("another layout")
     masked, packed, _, bias = linear_case(192, 64, torch.bfloat16)
     x = normal(72, 64, dtype=torch.bfloat16)
@@ -390,8 +392,8 @@ def test_compiled(mode):
 def test_the_probe_leaves_no_trace():
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     with FakeTensorMode(), torch.autocast("cuda", dtype=torch.bfloat16):
-        found = probe._layout.__wrapped__(torch.cuda.current_device(), torch.float16)
-    assert found in (probe.SM90, probe.COMPRESS), found
+        found = probe._backend.__wrapped__(torch.cuda.current_device(), torch.float16)
+    assert found in backends.BACKENDS, found
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(torch.cuda.get_rng_state(), states[1])
     assert probe.availability(torch.device("cuda"), torch.float16) == ""
@@ -401,7 +403,7 @@ def test_the_probe_leaves_no_trace():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_layouts_go_through_torch(dtype, monkeypatch):
-    monkeypatch.setattr(probe, "layout", lambda *_: probe.COMPRESS)
+    monkeypatch.setattr(probe, "backend", lambda *_: backends.COMPRESS)
     for source in (dtype, torch.float32):
         weight = normal(128, 192, dtype=source)
         packed, packed_t = sparse.sparsify(weight, "optimal", dtype=dtype)
@@ -413,8 +415,8 @@ def test_other_layouts_go_through_torch(dtype, monkeypatch):
 
 def test_a_device_without_kernels_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    reason = probe._layout.__wrapped__(0, torch.bfloat16)
+    reason = probe._backend.__wrapped__(0, torch.bfloat16)
     assert "SM 7.5" in reason
-    monkeypatch.setattr(probe, "layout", lambda *_: reason)
+    monkeypatch.setattr(probe, "backend", lambda *_: reason)
     with pytest.raises(RuntimeError, match=r"SM 7\.5.*masked dense"):
         sparse.sparsify(normal(64, 64, dtype=torch.bfloat16), "optimal")

@@ -24,12 +24,15 @@ from torch._inductor.utils import run_and_get_code
 from torch._inductor.virtualized import V
 
 import sparse_pass as sp
-from sparse_pass import kernels, lowering
+from sparse_pass import kernels
+from sparse_pass.kernels import backends
+from sparse_pass.ops import lowering
 
 KERNELS = sp.WeightSparsity(backend="cusparselt")
 MVUE = replace(KERNELS, grad_weight="mvue")
 ACT = sp.ActivationSparsity(backend="cusparselt")
 BFLOAT16 = 2e-2
+KERNELS_MODULE = "sparse_pass.kernels.compiled"
 
 
 class Mlp(nn.Module):
@@ -58,7 +61,7 @@ def calls(
     x: torch.Tensor,
     config: Mapping[str, Any] = BOTH,
     tolerance: float = BFLOAT16,
-    called: str = r"sparse_pass\.reference\w*\.(\w+)\(",
+    called: str = r"sparse_pass\.ops\.reference\.compiled\.(\w+)\(",
     **how: Any,
 ) -> Calls:
     """Train one step right. What forward and backward code call directly, and what by the op, with how often.
@@ -209,13 +212,13 @@ def test_compiled_code_multiplies_by_the_binding(
 ) -> None:
     """As on a GPU, with a library and kernels that are faked: what the code calls takes what it is given."""
     made = install_kernels(monkeypatch)
-    monkeypatch.delitem(sys.modules, f"{lowering._KERNELS}", raising=False)
-    monkeypatch.setattr(lowering, "_REFERENCES", dict.fromkeys(lowering._REFERENCES, lowering._KERNELS))
-    direct = rf"{lowering._KERNELS}.(\w+)\(".replace(".", r"\.")
+    monkeypatch.delitem(sys.modules, KERNELS_MODULE, raising=False)
+    monkeypatch.setattr(lowering, "_REFERENCES", KERNELS_MODULE)
+    direct = rf"{KERNELS_MODULE}.(\w+)\(".replace(".", r"\.")
     try:
         found, by_op = calls(model, leaf(rows, 64), INPUT_AND_GRADIENT, called=direct)
     finally:
-        sys.modules.pop(lowering._KERNELS, None)  # it holds the fakes
+        sys.modules.pop(KERNELS_MODULE, None)  # it holds the fakes
         vars(kernels).pop("compiled", None)
     assert by_op == {}
     assert found.keys() == {*INPUT_CALLS, *GRADIENT_CALLS, "sparsify_mvue_sum"}
@@ -227,12 +230,12 @@ def test_code_for_a_gpu() -> None:
     """Of SM90 it finds the kernels, of another layout the ops; a C++ wrapper calls nothing but ops."""
     graph = SimpleNamespace(cpp_wrapper=False)
     cuda, dtype = torch.device("cuda", 0), torch.bfloat16
-    with V.set_graph_handler(graph), mock.patch.object(lowering.cuda_ops, "is_sm90_layout") as is_sm90:
-        for sm90, expected in ((True, "sparse_pass.kernels.compiled.linear_into"), (False, None)):
-            is_sm90.return_value = sm90
+    with V.set_graph_handler(graph), mock.patch.object(lowering.cuda, "backend_of") as backend_of:
+        for backend, expected in ((backends.SM90, f"{KERNELS_MODULE}.linear_into"), (backends.COMPRESS, None)):
+            backend_of.return_value = backend
             assert lowering._kernel("linear_into", cuda, dtype) == expected
         assert lowering._kernel("linear_into", torch.device("xpu"), dtype) is None
-        assert lowering._kernel("linear_into", torch.device("cpu"), dtype) == "sparse_pass.reference.linear_into"
+        assert lowering._kernel("linear_into", torch.device("cpu"), dtype) == f"{lowering._REFERENCES}.linear_into"
         graph.cpp_wrapper = True
         assert lowering._kernel("linear_into", torch.device("cpu"), dtype) is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from fake_gpu import Clock, cuda_is_the_cpu, install_kernels
 from support import TOLERANCE, relative_error
 from torch import Tensor
 
-from sparse_pass import reference
-from sparse_pass.kernels import cusparselt, cusparselt_library, measure, probe, timings, tuner
-from sparse_pass.kernels.problem import FORMS, Form, Problem
+from sparse_pass.kernels import backends, cusparselt, cusparselt_library, measure, probe, timings, tuner
+from sparse_pass.kernels.problem import Problem
 from sparse_pass.kernels.timings import Timing
+from sparse_pass.ops.reference import weights as reference
+from sparse_pass.vocabulary import FORMS, Form
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the device itself is there")
 
@@ -31,7 +33,7 @@ def called(library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch, tuning_fold
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU (1)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(probe, "_layout", probe._layout.__wrapped__)
+    monkeypatch.setattr(probe, "_backend", probe._backend.__wrapped__)
     kernels = install_kernels(monkeypatch)
     with cuda_is_the_cpu(monkeypatch):
         yield kernels
@@ -45,7 +47,7 @@ def test_kernels_that_work(called: Called, library: FakeCusparselt, dtype: torch
     """Both directions, each without a bias and with two."""
     state = torch.get_rng_state()
     assert probe.availability(torch.device("cuda"), dtype) == ""
-    assert probe.layout(torch.device("cuda", 1), dtype) == probe.SM90
+    assert probe.backend(torch.device("cuda", 1), dtype) is backends.SM90
     assert called == {"sparsify": 12}
     assert len(library.launched) == 12
     assert torch.equal(torch.get_rng_state(), state)
@@ -56,7 +58,7 @@ def test_wrong_kernels_give_way_to_those_of_torch(called: Called, monkeypatch: p
         return reference.sparsify(weight.roll(1, 1), mask, dtype)
 
     monkeypatch.setattr("sparse_pass.kernels.sparsify.sparsify", swapped)
-    assert probe.layout(torch.device("cuda"), BFLOAT16) == probe.COMPRESS
+    assert probe.backend(torch.device("cuda"), BFLOAT16) is backends.COMPRESS
     assert called == {"_cslt_compress": 6, "_cslt_sparse_mm": 6}
 
 
@@ -70,12 +72,15 @@ def test_library_that_keeps_the_bias_of_the_plan(
         return 0 if library._products[address].bias else set_attribute(handle, address, *what)
 
     monkeypatch.setattr(library, "MatmulDescSetAttribute", only_once, raising=False)
-    assert probe.layout(torch.device("cuda"), BFLOAT16) == probe.COMPRESS
+    assert probe.backend(torch.device("cuda"), BFLOAT16) is backends.COMPRESS
 
 
 def test_results_that_are_no_numbers(called: Called, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cusparselt, "linear", lambda input, packed, bias, n: input.new_full((len(input), n), torch.nan))
-    monkeypatch.setattr("sparse_pass.kernels.torch_cslt.linear", cusparselt.linear)
+    def wrong(form: Form, input: Tensor, packed: Tensor, n: int, *_: object) -> Tensor:
+        return input.new_full((len(input), n), torch.nan)
+
+    broken = tuple(replace(one, multiply=wrong) for one in backends.BACKENDS)
+    monkeypatch.setattr(backends, "BACKENDS", broken)
     reason = probe.availability(torch.device("cuda"), BFLOAT16)
     assert "sm90: wrong results, relative error inf; compress: wrong results, relative error inf" in reason
 
@@ -280,7 +285,7 @@ def test_nothing_is_measured_in_a_graph_capture(
     kept, packed, dense = operands(problem())
     for capturing, algorithm in ((True, 17), (False, 4)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        actual = tuner.linear(dense, packed, None, 64)
+        actual = tuner.product("linear", dense, packed, 64)
         assert relative_error(actual, dense @ kept.T) < TOLERANCE[BFLOAT16]
         assert library.launched[-1] == algorithm
         assert len(tuner._CHOSEN) == (0 if capturing else 1)

@@ -16,7 +16,8 @@ from support import assert_unbiased, probabilities, python_environment
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_pass import reference, reference_mvue
+from sparse_pass.ops.reference import gradients as reference_gradients
+from sparse_pass.ops.reference import weights as reference
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -50,16 +51,16 @@ COUNTERS = [0, 1, 77, 2**31, 2**32 - 1, 2**32, 2**41 + 5]
 def test_philox() -> None:
     assert philox(0, 0)[0] == 0x6627E8D5  # the paper's code prints it for zeros
     for key in KEYS:
-        words = reference_mvue.philox(seed(key), torch.tensor(COUNTERS))
+        words = reference_gradients.philox(seed(key), torch.tensor(COUNTERS))
         assert words.tolist() == [philox(key, counter) for counter in COUNTERS]
 
 
 def test_uniform() -> None:
     for key in KEYS:
-        numbers = reference_mvue.uniform(seed(key), torch.tensor(COUNTERS))
+        numbers = reference_gradients.uniform(seed(key), torch.tensor(COUNTERS))
         assert numbers.dtype is torch.float32
         assert numbers.tolist() == [[word // 512 / 2**23 for word in philox(key, counter)] for counter in COUNTERS]
-    many = reference_mvue.uniform(seed(3), torch.arange(25_000)).flatten()
+    many = reference_gradients.uniform(seed(3), torch.arange(25_000)).flatten()
     assert many.min() >= 0
     assert many.max() < 1
     counts = torch.histc(many, bins=50, min=0, max=1)
@@ -69,7 +70,7 @@ def test_uniform() -> None:
 WORDS = """
     import torch, triton
     import triton.language as tl
-    from sparse_pass import reference_mvue
+    from sparse_pass.ops.reference import gradients as reference_gradients
 
     @triton.jit
     def kernel(out, seed_ptr, start, COUNT: tl.constexpr):
@@ -82,7 +83,7 @@ WORDS = """
         for start in (0, 2**32 - 512, 2**40):
             out, seed = torch.empty(1024, 4, dtype=torch.int64), torch.tensor([key])
             kernel[(1,)](out, seed, start, 1024)
-            assert torch.equal(out, reference_mvue.philox(seed, torch.arange(start, start + 1024))), (key, start)
+            assert torch.equal(out, reference_gradients.philox(seed, torch.arange(start, start + 1024))), (key, start)
     print("equal")
 """
 
@@ -118,7 +119,7 @@ def test_inclusion_probabilities(name: str) -> None:
     """On a grid of u the share in which an element is kept is its probability, up to the ends of two intervals."""
     count = 1 << 14
     u = (torch.arange(count) + 0.5) / count
-    kept, values = reference_mvue.choose(torch.tensor(GROUPS[name]).expand(count, 4), u)
+    kept, values = reference_gradients.choose(torch.tensor(GROUPS[name]).expand(count, 4), u)
     expected = probabilities(GROUPS[name])
     np.testing.assert_allclose(kept.float().mean(0).numpy(), expected, atol=4 / count)
     # A kept value is the dense one over the probability.
@@ -153,7 +154,7 @@ def test_less_variance_than_equal_chances() -> None:
 
 
 def chosen(group: list[float], u: float, dtype: torch.dtype = torch.float32) -> list[float]:
-    kept, values = reference_mvue.choose(torch.tensor(group, dtype=dtype), torch.tensor(u, dtype=dtype))
+    kept, values = reference_gradients.choose(torch.tensor(group, dtype=dtype), torch.tensor(u, dtype=dtype))
     assert kept.sum() == 2
     assert (values[~kept] == 0).all()
     return values.tolist()

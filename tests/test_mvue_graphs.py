@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
-from sparse_pass import reference_mvue
 from sparse_pass.fqn import parse_config
 from sparse_pass.graph_pass import rewrite_graph
 from sparse_pass.legal import Limits
+from sparse_pass.ops.reference import gradients as reference_gradients
 
 MVUE = sp.WeightSparsity(grad_weight="mvue")
 KERNELS = sp.WeightSparsity(grad_weight="mvue", backend="cusparselt")
@@ -57,7 +57,7 @@ class Product(torch.autograd.Function):
         seen, seed = ctx.drawn[tuple(grad.shape)].pop(0)
         assert relative_error(seen, grad) < TOLERANCE[grad.dtype]
         # Of what was seen: a last bit that differs may draw another element.
-        return grad @ kept, reference_mvue.mvue24(seen, seed).T @ x, None, None
+        return grad @ kept, reference_gradients.mvue24(seen, seed).T @ x, None, None
 
 
 class Reference(nn.Module):
@@ -96,13 +96,13 @@ def reference_of(model: nn.Module, config: dict[str, sp.WeightSparsity], drawn: 
 def recorded() -> Iterator[Drawn]:
     """What the operators are given."""
     drawn: Drawn = defaultdict(list)
-    estimate = reference_mvue._estimate
+    estimate = reference_gradients._estimate
 
     def record(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         drawn[tuple(grad.shape)].append((grad.clone(), seed.clone()))
         return estimate(grad, seed)
 
-    with mock.patch.object(reference_mvue, "_estimate", record):
+    with mock.patch.object(reference_gradients, "_estimate", record):
         yield drawn
 
 
@@ -141,7 +141,7 @@ def check(
             assert not any(drawn.values()), "the reference needed fewer"
             found = errors(actual, expected)
             assert max(found.values()) < TOLERANCE[dtype], found
-            with mock.patch.object(reference_mvue, "mvue24", lambda grad, seed: grad):
+            with mock.patch.object(reference_gradients, "mvue24", lambda grad, seed: grad):
                 drawn.update(again)
                 dense = run(reference, dict(reference.named_parameters()), [x], context=context)
             changed = errors(dense, expected)

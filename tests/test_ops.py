@@ -10,7 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from sparse_pass import ops, reference
+from sparse_pass import vocabulary
+from sparse_pass.ops import definitions as ops
+from sparse_pass.ops.reference import weights as reference
 
 sparse = torch.ops.sparse_pass
 
@@ -53,7 +55,7 @@ def test_linear_takes_any_rows_and_strides():
     assert sparse.linear(x[:0], packed, bias, 128).shape == (0, 128)
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_sparsify_chooses_before_it_rounds(dtype, mask):
     weight = torch.randn(64, 128, dtype=torch.float64).to(dtype)
@@ -79,7 +81,7 @@ def test_mask24_is_the_reference():
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_opcheck(dtype):
     weight = torch.randn(64, 128).to(dtype)
-    for mask in reference.MASKS:
+    for mask in vocabulary.MASKS:
         for same in (weight, weight.T):
             torch.library.opcheck(sparse.mask24.default, (same, mask))
             torch.library.opcheck(sparse.sparsify.default, (same, mask), {"dtype": torch.float16})
@@ -212,7 +214,7 @@ def test_linear_errors(change, parts):
 def test_import_without_triton_or_a_gpu():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch, sparse_pass.ops as ops\n"
+        "import torch, sparse_pass.ops.definitions as ops\n"
         "assert ops.mask24(torch.ones(4, 4)).sum() == 8\n"
         "assert not any(name.startswith('sparse_pass.kernels') for name in sys.modules)\n"
     )

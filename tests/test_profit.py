@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 import sparse_pass as sp
 from sparse_pass import profit
 from sparse_pass.fqn import parse_config
-from sparse_pass.kernels import measure, probe
+from sparse_pass.kernels import backends, measure, probe
 from sparse_pass.kernels.problem import Problem
 from sparse_pass.kernels.timings import Timing
 from sparse_pass.legal import Limits
@@ -111,13 +111,13 @@ class Asked:
     """A GPU, its measurements, and what is asked: sizes of GEMMs by form, and what operands are made from."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.layout = probe.SM90
+        self.backend = backends.SM90
         self.gemm: Timing | None = Timing(0, 10.0, 20.0)
         self.gemms: list[tuple[Any, ...]] = []
         self.operands: list[tuple[Any, ...]] = []
         limits = Limits(device="cuda", capability=(9, 0))
         monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
-        monkeypatch.setattr(probe, "layout", lambda device, dtype: self.layout)
+        monkeypatch.setattr(probe, "backend", lambda device, dtype: self.backend)
         monkeypatch.setattr(measure, "timing_of", self._timing)
         monkeypatch.setattr(measure, "preparation_of", self._preparation)
 
@@ -210,7 +210,7 @@ def test_slower_on_a_gpu(asked: Asked) -> None:
 @pytest.mark.parametrize("why", ["layout", "unknown"])
 def test_what_cannot_be_measured_is_taken(asked: Asked, why: str) -> None:
     """By torch's own calls, which choose their algorithm themselves; or a timing that is not known."""
-    asked.layout, asked.gemm = (probe.COMPRESS if why == "layout" else probe.SM90), None
+    asked.backend, asked.gemm = (backends.COMPRESS if why == "layout" else backends.SM90), None
     assert asked.sites(sp.WeightSparsity()).sites[0].status == "sparse"
     assert len(asked.gemms) == (0 if why == "layout" else 2)
     assert asked.operands == []

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_pass import reference
+from sparse_pass import vocabulary
+from sparse_pass.ops.reference import weights as reference
 
 INF, NAN = float("inf"), float("nan")
 
@@ -75,7 +76,7 @@ def test_optimal_keeps_the_largest_sum(dtype):
     torch.testing.assert_close((magnitude * kept).sum(1), largest, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 def test_two_of_four_along_rows_and_columns(mask):
     kept = reference.mask24(torch.randn(128, 64), mask)
     assert kept.dtype is torch.bool
@@ -89,7 +90,7 @@ def test_two_of_four_along_rows_and_columns(mask):
         assert across.le(2).all()
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 def test_nan_and_infinity_are_kept_first(mask):
     weight = torch.full((4, 4), 1.0)
     weight[0, 0], weight[1, 2], weight[3, 1], weight[2, 3] = NAN, INF, -INF, -NAN
@@ -98,7 +99,7 @@ def test_nan_and_infinity_are_kept_first(mask):
     assert reference.mask24(torch.full((4, 4), NAN), mask).sum() == 8
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 def test_float32_decides_where_16_bits_would_tie(mask):
     weight = torch.ones(4, 4)
     weight[0, 3] = weight[1, 3] = 1 + 1e-6
@@ -109,7 +110,7 @@ def test_float32_decides_where_16_bits_would_tie(mask):
     assert reference.mask24(weight, mask)[2, 3]
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 def test_strides_and_pieces_do_not_matter(mask, monkeypatch):
     weight = torch.randn(96, 2080)
     expected = reference.mask24(weight, mask)
@@ -135,7 +136,7 @@ def nibble_position(row: int, group: int, cols: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 def test_pack_byte_by_byte(dtype, mask):
     rows, cols = 128, 192
     weight = torch.randn(rows, cols).to(dtype)
@@ -156,7 +157,7 @@ def test_pack_byte_by_byte(dtype, mask):
         assert values[row, 2 * group : 2 * group + 2].tolist() == expected
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 def test_unpack_inverts_pack(mask):
     weight = torch.randn(64, 256).bfloat16()
     kept = reference.mask24(weight, mask)
@@ -169,7 +170,7 @@ def test_a_kept_zero_keeps_its_index():
     assert packed[64 * 32 :].view(torch.uint8).eq(0b1101_1101).all()
 
 
-@pytest.mark.parametrize("mask", reference.MASKS)
+@pytest.mark.parametrize("mask", vocabulary.MASKS)
 def test_sparsify_packs_both_directions_of_one_mask(mask):
     weight = torch.randn(128, 64)
     packed, packed_t = reference.sparsify(weight, mask, torch.bfloat16)

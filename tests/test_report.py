@@ -103,7 +103,7 @@ def test_records_are_frozen() -> None:
 
 
 def test_fields_are_the_contract() -> None:
-    """Outside tests and tables rely on these names; DESIGN.md part 1."""
+    """Outside tests and tables rely on these names."""
     assert {"fqn", "scheme", "shape", "status", "reason", "output", "grad_input", "grad_weight"} <= {
         field.name for field in fields(sp.Site)
     }

@@ -1,6 +1,6 @@
 """Activation functions that `sparsify` applies to what it reads, row by row (Triton device functions).
 
-`sparse_pass.reference_activation.activate` defines them; computed in float32 and rounded once.
+`ops.reference.inputs.activate` defines them; computed in float32 and rounded once.
 """
 
 # Triton reads the device functions, which mypy does not; it has no unpacking in tuples.

@@ -3,8 +3,9 @@
 torch's own `_cslt_sparse_mm` builds its plan anew in each call, 365 to 515 us of host time on an H200. Here plans are
 cached by everything that they depend on, and a call sets the bias pointer and launches.
 
-Letters and forms are those of `problem`. A row-major matrix that is stored transposed is described to the library by
-the op TRANSPOSE if it is B, and as column-major if it is D. Enumerations are those of cusparseLt.h, 0.7 to 0.8.1.
+Letters and forms are those of `vocabulary.Product`. A row-major matrix that is stored transposed is described to the
+library by the op TRANSPOSE if it is B, and as column-major if it is D. Enumerations are those of cusparseLt.h, 0.7 to
+0.8.1.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch import Tensor
 # As Inductor's code calls it: half the host time of torch.empty.
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
+from ..vocabulary import PRODUCTS, Form
 from .cusparselt_library import ALIGNMENT, call, check, function, new_struct, version
 from .memory import reads_past_end, with_room
-from .problem import B_TRANSPOSED, D_TRANSPOSED, Form, Problem, algorithms
+from .problem import Problem, algorithms
 from .recent import remember
 
 _ORDER_COL, _ORDER_ROW = 1, 2
@@ -89,10 +91,10 @@ class Plan:
         rows, cols = self.problem.dense_shape
         call("DenseDescriptorInit", about, handle, b, rows, cols, cols, *row_major)
         to_destroy.append(("MatDescriptorDestroy", b))
-        order = _ORDER_COL if D_TRANSPOSED[form] else _ORDER_ROW
+        order = _ORDER_COL if PRODUCTS[form].d_transposed else _ORDER_ROW
         call("DenseDescriptorInit", about, handle, d, n, m, self.output_shape[1], ALIGNMENT, cuda_type, order)
         to_destroy.append(("MatDescriptorDestroy", d))
-        operations = (_OP_NON_TRANSPOSE, _OP_TRANSPOSE if B_TRANSPOSED[form] else _OP_NON_TRANSPOSE)
+        operations = (_OP_NON_TRANSPOSE, _OP_TRANSPOSE if PRODUCTS[form].b_transposed else _OP_NON_TRANSPOSE)
         call("MatmulDescriptorInit", about, handle, descriptor, *operations, a, b, d, d, _COMPUTE_32F)
         if bias:  # before the algorithm is chosen, which depends on whether there is one
             call("MatmulDescSetAttribute", about, handle, descriptor, _BIAS_POINTER, self._bias_address, 8)
@@ -185,26 +187,21 @@ def _new_plan(problem: Problem, algorithm: int | None, bias: Tensor | None) -> P
         return Plan(problem, 0, bias)  # ids are not promised for every shape; this one is
 
 
-def linear(
-    input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, output: Tensor | None = None
+def product(
+    form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | None = None, output: Tensor | None = None
 ) -> Tensor:
-    """Multiply: input [M, K], packed S(W) [N, K] as `reference.pack`, bias [N] or None -> [M, N], all of one dtype.
+    """Multiply as the form says: packed A [N, K] as `ops.reference.weights.pack`, B, a bias [N] or None -> D.
 
-    float16 or bfloat16, on the current device, contiguous; M a positive multiple of 8. Runs on the current stream,
-    by the library version's default algorithm. RuntimeError if the library refuses.
+    All of one dtype, float16 or bfloat16, on the current device, contiguous; M a positive multiple of 8. Runs on the
+    current stream, by the library version's default algorithm. RuntimeError if the library refuses.
     """
-    return plan_for(problem_of("linear", input, out_features, bias), None, bias)(input, packed, bias, output)
+    return plan_for(problem_of(form, dense, n, bias), None, bias)(dense, packed, bias, output)
 
 
-def product(form: Form, dense: Tensor, packed: Tensor, rows: int, output: Tensor | None = None) -> Tensor:
-    """Multiply as the form says: packed A [rows, K] as `reference.pack`, and B; the rest as in `linear`."""
-    return plan_for(problem_of(form, dense, rows), None, None)(dense, packed, None, output)
-
-
-def problem_of(form: Form, dense: Tensor, rows: int, bias: Tensor | None = None) -> Problem:
+def problem_of(form: Form, dense: Tensor, n: int, bias: Tensor | None = None) -> Problem:
     """The problem that a call of `product` solves."""
-    m, k = dense.shape if B_TRANSPOSED[form] else reversed(dense.shape)
-    return Problem(dense.get_device(), dense.dtype, m, rows, k, bias is not None, form)
+    m, k = PRODUCTS[form].dense_shape(*dense.shape)
+    return Problem(dense.get_device(), dense.dtype, m, n, k, bias is not None, form)
 
 
 def plan_for(problem: Problem, algorithm: int | None, bias: Tensor | None) -> Plan:

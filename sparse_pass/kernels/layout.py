@@ -1,6 +1,6 @@
 """Pack tiles into the SM90 layout of cuSPARSELt (Triton device functions).
 
-The layout, byte for byte, is that of `sparse_pass.reference.pack`. Tensors and tile masks are those of `masks`; here
+The layout, byte for byte, is that of `ops.reference.weights.pack`. Tensors and tile masks are those of `masks`; here
 they are [16, 16] for a 64x64 block, R the tile's row in it and C its column.
 """
 

@@ -1,6 +1,6 @@
 """Choose the transposable 2:4 mask of 4x4 tiles (Triton device functions).
 
-The definition, ties and order of additions included, is `sparse_pass.reference`; the results are equal bit for bit.
+The definition, ties and order of additions included, is `ops.reference.weights`; the results are equal bit for bit.
 
 A *tensor* here holds one number for each tile. A tile's sixteen entries are sixteen tensors, row-major. A tile mask is
 one int32: bit 4 * i + j says that row i keeps column j, and bit 16 + 4 * j + i says it in the transposed order.
@@ -114,7 +114,7 @@ def _once(crossed):
 
 @triton.jit
 def choose_optimal(a):
-    """a: sixteen magnitudes, float32. Returns the tile masks of largest sum; names as in `reference._optimal`."""
+    """a: sixteen magnitudes, float32. Returns the tile masks of largest sum; names as in the reference, `_optimal`."""
     upper = _crosswise_pairs(a[0:4], a[4:8], _CROSSED_UPPER)
     lower = _crosswise_pairs(a[8:12], a[12:16], _CROSSED_LOWER)
     halved = _crosswise_pairs(_columns(a[0:4], a[4:8]), _columns(a[8:12], a[12:16]), _HALVED)

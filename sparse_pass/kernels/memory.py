@@ -14,6 +14,8 @@ from torch import Tensor
 # See cusparselt.
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
+from ..vocabulary import packed_numel
+
 ROOM = 2048
 """Bytes: all metadata of a tile of 64 by 256, twice as wide as the one that was seen."""
 _TILE_COLS = 256
@@ -26,7 +28,7 @@ def reads_past_end(cols: int) -> bool:
 
 def empty_packed(rows: int, cols: int) -> Tensor:
     """Words, int32, for a packed matrix of 16-bit values on the current device. rows, cols: multiples of 64."""
-    words = rows * cols // 64 * 18
+    words = packed_numel(rows, cols) // 2
     if not reads_past_end(cols):
         return _empty_strided_cuda((words,), (1,), torch.int32)  # type: ignore[no-any-return]
     return _empty_strided_cuda((words + ROOM // 4,), (1,), torch.int32)[:words]  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """dY [M, N] -> MVUE(dY)^T, packed in the SM90 layout of cuSPARSELt, or MVUE(dY) as it is, in one read (Triton).
 
-The definition is `sparse_pass.reference_mvue`; the results are equal bit for bit, but for the payload of a NaN. Bytes
+The definition is `ops.reference.gradients`; the results are equal bit for bit, but for the payload of a NaN. Bytes
 moved for 16-bit dY: 2 read and 1.125 written an element (2 for the dense one). One program handles a 64x64 block of
 dY, one thread's tile is 4x4 as in `masks`: four groups, which take the four words of one philox call.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 # As Inductor's code calls it: half the host time of torch.empty.
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
+from ..vocabulary import KERNEL_TILE, padded
 from . import layout, tiles
 from .launch import launch
 from .memory import empty_packed
@@ -28,8 +29,8 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _philox(seed, offset):
-    """The four words of `reference_mvue.philox`, for an offset below 2^32; as `tl.randint4x`, in half the time: one
-    multiplication gives both halves of a product."""
+    """The four words of `ops.reference.gradients.philox`, for an offset below 2^32; `tl.randint4x` in half the time:
+    one multiplication gives both halves of a product."""
     k0 = seed.to(tl.uint64, bitcast=True).to(tl.uint32)
     k1 = (seed.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32)
     c0 = offset.to(tl.uint32, bitcast=True)
@@ -84,7 +85,7 @@ def _reached(t, end):
 @triton.jit
 def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
     """The group x[FIRST], x[FIRST + 4], ... and a random word -> its two kept values as a word, which they are (their
-    elements in the low two bytes, above them anything), and its sum. Names as in `reference_mvue.choose`."""
+    elements in the low two bytes, above them anything), and its sum. Names as in `ops.reference.gradients.choose`."""
     low = layout.pair_up(x[FIRST], x[FIRST + 4], DTYPE)
     high = layout.pair_up(x[FIRST + 8], x[FIRST + 12], DTYPE)
     x0, x1 = tiles.numbers(low, DTYPE)
@@ -182,49 +183,44 @@ def _mvue_kernel(
 
 
 def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
-    """Pack MVUE(grad)^T; `reference_mvue.sparsify_mvue` defines the result.
+    """Pack MVUE(grad)^T; `ops.reference.gradients.sparsify_mvue` defines the result.
 
     grad: [M, N] float16 or bfloat16, M > 0, N a multiple of 64, any strides. seed: one int64. Both on the current
     device.
     """
-    rows, cols = grad.shape
-    blocks = triton.cdiv(rows, 64)
-    packed = empty_packed(cols, 64 * blocks)
-    _launch(grad, seed, packed, None, (cols // 64, blocks), True, rows % 64 != 0)
+    packed = _empty(grad)
+    _launch(grad, seed, packed, None, packed=True)
     return packed.view(grad.dtype)
 
 
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     """The same, and the sums of grad over 64 rows each, float32 [Mp / 64, N]."""
     rows, cols = grad.shape
-    blocks = triton.cdiv(rows, 64)
-    packed = empty_packed(cols, 64 * blocks)
-    sums: Tensor = _empty_strided_cuda((blocks, cols), (cols, 1), torch.float32)
-    _launch(grad, seed, packed, sums, (cols // 64, blocks), True, rows % 64 != 0)
+    packed = _empty(grad)
+    sums: Tensor = _empty_strided_cuda((triton.cdiv(rows, KERNEL_TILE), cols), (cols, 1), torch.float32)
+    _launch(grad, seed, packed, sums, packed=True)
     return packed.view(grad.dtype), sums
 
 
 def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
-    """The dense estimate [M, N]; `reference_mvue.mvue24` defines it. As above, N any."""
+    """The dense estimate [M, N]; `ops.reference.gradients.mvue24` defines it. As above, N any."""
     rows, cols = grad.shape
     estimate: Tensor = _empty_strided_cuda((rows, cols), (cols, 1), grad.dtype)
-    grid = triton.cdiv(cols, 64), triton.cdiv(rows, 64)
-    _launch(grad, seed, estimate, None, grid, False, rows % 64 != 0 or cols % 64 != 0)
+    _launch(grad, seed, estimate, None, packed=False)
     return estimate
 
 
-def _launch(
-    grad: Tensor,
-    seed: Tensor,
-    out: Tensor,
-    sums: Tensor | None,
-    grid: tuple[int, int],
-    packed: bool,
-    bounded: bool,
-) -> None:
+def _empty(grad: Tensor) -> Tensor:
+    rows, cols = grad.shape
+    return empty_packed(cols, padded(rows))
+
+
+def _launch(grad: Tensor, seed: Tensor, out: Tensor, sums: Tensor | None, *, packed: bool) -> None:
+    rows, cols = grad.shape
+    bounded = rows % KERNEL_TILE != 0 or cols % KERNEL_TILE != 0
     launch(
         _mvue_kernel,
-        grid,
+        (triton.cdiv(cols, KERNEL_TILE), triton.cdiv(rows, KERNEL_TILE)),
         (grad, seed, out, out if sums is None else sums),
         (*grad.shape, *grad.stride()),
         (tiles.TRITON_DTYPE[grad.dtype], packed, bounded, sums is not None),

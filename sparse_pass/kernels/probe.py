@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import torch_cslt
-
-SM90 = "sm90"
-COMPRESS = "compress"
+from ..vocabulary import MIN_CAPABILITY
+from . import backends
+from .backends import Backend
 
 # Relative error in the Frobenius norm. Rounding the output to bfloat16 gives 2e-3; a wrong layout gives 1.1.
 _TOLERANCE = 1e-2
@@ -24,67 +22,60 @@ def availability(device: torch.device, dtype: torch.dtype) -> str:
     Cheap after the first call for a device and dtype, and always for one that cannot work.
     """
     try:
-        found = layout(device, dtype)
+        found = backend(device, dtype)
     except Exception as error:  # the border: a pass that asks wants a reason for its report, whatever went wrong
         return f"{type(error).__name__}: {error}"
-    return "" if found in (SM90, COMPRESS) else found
+    return found if isinstance(found, str) else ""
 
 
-def layout(device: torch.device, dtype: torch.dtype) -> str:
-    """Return SM90 if the Triton and cuSPARSELt kernels work, COMPRESS if only torch's `_cslt_*`, or why neither does.
+def backend(device: torch.device, dtype: torch.dtype) -> Backend | str:
+    """Return the first backend that is right on the device, or why none is.
 
     RuntimeError inside a CUDA graph capture if the answer is not known yet.
     """
     if device.type != "cuda":
         return f"no 2:4 kernels on {device.type}"
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _layout(index, dtype)
+    return _backend(index, dtype)
 
 
 @functools.cache
-def _layout(device: int, dtype: torch.dtype) -> str:
+def _backend(device: int, dtype: torch.dtype) -> Backend | str:
     if torch.version.hip:
         return "no 2:4 kernels for ROCm"
-    if dtype not in (torch.float16, torch.bfloat16):
+    candidates = [one for one in backends.BACKENDS if dtype in one.dtypes]
+    if not candidates:
         return f"no 2:4 kernels for {dtype}; float16 and bfloat16 have them"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
+    if capability < MIN_CAPABILITY:
         return f"SM {capability[0]}.{capability[1]} has no 2:4 tensor cores; they begin with SM 8.0"
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the 2:4 kernels of cuda:{device} must be tried before a CUDA graph capture: run the model once first"
         )
     reasons = []
-    trials: tuple[tuple[str, Callable[..., Tensor]], ...] = (
-        (SM90, _by_binding),
-        (COMPRESS, _by_torch),
-    )
-    for name, linear in trials:
+    for one in candidates:
         try:
-            error = _error_of(linear, device, dtype)
+            error = _error_of(one, device, dtype)
         except Exception as failure:
-            # A missing Triton, library or architecture: the next way is tried, and the reason goes to the report.
-            reasons.append(f"{name}: {type(failure).__name__}: {failure}".splitlines()[0])
+            # A missing Triton, library or architecture: the next one is tried, and the reason goes to the report.
+            reasons.append(f"{one.name}: {type(failure).__name__}: {failure}".splitlines()[0])
             continue
         if error < _TOLERANCE:
-            return name
-        reasons.append(f"{name}: wrong results, relative error {error:.1e}")
+            return one
+        reasons.append(f"{one.name}: wrong results, relative error {error:.1e}")
     return f"2:4 kernels do not work on cuda:{device} with {dtype} ({'; '.join(reasons)})"
 
 
-def _by_binding(weight: Tensor, transposed: bool, input: Tensor, bias: Tensor | None) -> Tensor:
-    from . import cusparselt, sparsify
-
-    packed = sparsify.sparsify(weight, "optimal", weight.dtype)[int(transposed)]
-    return cusparselt.linear(input, packed, bias, weight.shape[int(transposed)])
-
-
-def _by_torch(weight: Tensor, transposed: bool, input: Tensor, bias: Tensor | None) -> Tensor:
-    packed = torch_cslt.compress(weight.T if transposed else weight)
-    return torch_cslt.linear(input, packed, bias, weight.shape[int(transposed)])
+def _linear(of: Backend, weight: Tensor, transposed: bool, input: Tensor, bias: Tensor | None) -> Tensor:
+    if (pack := of.packer("sparsify", weight.dtype)) is not None:
+        packed = pack(weight, "optimal", weight.dtype)[int(transposed)]
+    else:
+        packed = of.pack(weight.T if transposed else weight)
+    return of.multiply("linear", input, packed, weight.shape[int(transposed)], bias, False)
 
 
-def _error_of(linear: Callable[..., Tensor], device: int, dtype: torch.dtype) -> float:
+def _error_of(of: Backend, device: int, dtype: torch.dtype) -> float:
     """The worst relative error of both directions, without a bias and with two, the second on the plan of the first."""
     # This runs while a graph is compiled, under fake tensors and perhaps autocast, and must leave no trace: no random
     # numbers, no gradients.
@@ -105,8 +96,8 @@ def _error_of(linear: Callable[..., Tensor], device: int, dtype: torch.dtype) ->
             placed = [bias.to(device="cuda", dtype=dtype) for bias in biases]
             for bias, there in ((None, None), *zip(biases, placed, strict=True)):
                 expected = dense if bias is None else dense + bias
-                output = linear(
-                    weight.to(device="cuda", dtype=dtype), transposed, input.to(device="cuda", dtype=dtype), there
+                output = _linear(
+                    of, weight.to(device="cuda", dtype=dtype), transposed, input.to(device="cuda", dtype=dtype), there
                 )
                 error = (output.double().cpu() - expected).norm() / expected.norm()
                 worst = max(worst, float(error) if error == error else float("inf"))

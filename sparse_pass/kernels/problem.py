@@ -1,30 +1,12 @@
-"""The matrix products that cuSPARSELt is asked for, and the ids of its algorithms for them.
-
-D = A B with A structured: [N, K], packed. Where B and D come from and go to is the *form*; each stands for one GEMM of
-a linear, whose letters are others:
-
-    form                 A                    B                 D
-    "linear"             S(W)    [N, K]       X   [M, K]        [M, N]   output, and grad_input with S(W)^T
-    "grad_weight"        MVUE(dY)^T [N, K]    X   [K, M]        [N, M]   K of it is padded rows
-    "input"              S(X)    [N, K]       W   [M, K]        [N, M]   output
-    "input_grad_weight"  S(X)^T  [N, K]       dY  [K, M]        [M, N]   K of it is padded rows
-
-All of them row-major. M is a multiple of 8; N and K are multiples of 16 (of 64 in the SM90 layout).
-"""
+"""The products that cuSPARSELt is asked for, see `vocabulary.Product`, and the ids of its algorithms for them."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
-Form = Literal["linear", "grad_weight", "input", "input_grad_weight"]
-FORMS: tuple[Form, ...] = get_args(Form)
-
-B_TRANSPOSED = {"linear": True, "grad_weight": False, "input": True, "input_grad_weight": False}
-"""Whether B is stored [M, K]."""
-D_TRANSPOSED = {"linear": True, "grad_weight": False, "input": False, "input_grad_weight": True}
-"""Whether D is stored [M, N]."""
+from ..vocabulary import PRODUCTS, Form, padded
 
 
 class Problem(NamedTuple):
@@ -40,12 +22,12 @@ class Problem(NamedTuple):
 
     @property
     def output_shape(self) -> tuple[int, int]:
-        return (self.m, self.n) if D_TRANSPOSED[self.form] else (self.n, self.m)
+        return PRODUCTS[self.form].output_shape(self.m, self.n)
 
     @property
     def dense_shape(self) -> tuple[int, int]:
         """Of B as it is stored."""
-        return (self.m, self.k) if B_TRANSPOSED[self.form] else (self.k, self.m)
+        return PRODUCTS[self.form].dense_shape(self.m, self.k)
 
     def __str__(self) -> str:
         bias = " + bias" if self.bias else ""
@@ -54,15 +36,13 @@ class Problem(NamedTuple):
 
     def like(self, rows: int) -> Problem:
         """The same with another number of rows of X, by whatever letter it goes here."""
-        if self.form == "linear":
-            return self._replace(m=rows)
-        rows = -(-rows // 64) * 64
-        return self._replace(n=rows) if self.form == "input" else self._replace(k=rows)
+        spec = PRODUCTS[self.form]
+        return self._replace(**{spec.rows: padded(rows, spec.multiple)})  # type: ignore[arg-type]
 
     @property
     def rows(self) -> int:
         """The number of rows of X."""
-        return {"linear": self.m, "input": self.n}.get(self.form, self.k)
+        return int(getattr(self, PRODUCTS[self.form].rows))
 
 
 # Ids by the first two numbers of the library's version, dtype and form, the default first: those that were fastest for

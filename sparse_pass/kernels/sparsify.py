@@ -1,7 +1,7 @@
 """W [N, K] -> S(W) and S(W)^T, packed in the SM90 layout of cuSPARSELt, in one read of W (Triton).
 
 The same for inputs X [M, K], whose rows are padded, and which may be what an activation function makes of the tensor
-that is read. The definition is `sparse_pass.reference` (mask24, pack); the results are equal bit for bit, but for the
+that is read. The definition is `ops.reference.weights` (mask24, pack); the results are equal bit for bit, but for the
 sign of a zero that a relu makes of -0.0. Bytes moved for 16-bit W: 2 read and 2 * 1.125 written an element. One program
 handles a 64x64 block of W, which is one 512-byte block of metadata of S(W) and one of S(W)^T; see `masks` and `layout`
 for the tensors in it.
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..vocabulary import KERNEL_TILE, padded
 from . import activations, layout, masks, tiles
 from .launch import launch
 from .memory import empty_packed
@@ -132,37 +133,37 @@ def _mask24_kernel(w_ptr, out_ptr, N, K, stride_wn, stride_wk, GREEDY: tl.conste
 
 
 def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pack S(W) and S(W)^T; `reference.sparsify` defines the result.
+    """Pack S(W) and S(W)^T; `ops.reference.weights.sparsify` defines the result.
 
     weight: [N, K] float16, bfloat16 or float32, N and K multiples of 64, any strides, on the current device.
     dtype: float16 or bfloat16, of the packed values; the mask is chosen on `weight` as stored.
     """
     # Two allocations: a backward that keeps packed_t must not keep packed with it.
     packed, packed_t = _empty(weight, False), _empty(weight, True)
-    _launch(weight, None, "none", mask, dtype, packed, packed_t)
+    _launch(weight, None, "none", mask, dtype, (packed, packed_t))
     return packed.view(dtype), packed_t.view(dtype)
 
 
 def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype) -> Tensor:
     """Pack S(W), or S(W)^T, alone."""
     packed = _empty(weight, transposed)
-    _launch(weight, None, "none", mask, dtype, *((None, packed) if transposed else (packed, None)))
+    _launch(weight, None, "none", mask, dtype, (None, packed) if transposed else (packed, None))
     return packed.view(dtype)
 
 
 def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
-    """Pack S(x) and S(x)^T; `reference_activation.sparsify_input` defines the result.
+    """Pack S(x) and S(x)^T; `ops.reference.inputs.sparsify_input` defines the result.
 
     input: [M, K] float16 or bfloat16, M > 0, K a multiple of 64, any strides, on the current device. gate: the same, or
     None if the activation has none.
     """
     packed, packed_t = _empty(input, False), _empty(input, True)
-    _launch(input, gate, activation, mask, input.dtype, packed, packed_t)
+    _launch(input, gate, activation, mask, input.dtype, (packed, packed_t))
     return packed.view(input.dtype), packed_t.view(input.dtype)
 
 
 def _empty(source: Tensor, transposed: bool) -> Tensor:
-    rows, cols = triton.cdiv(source.shape[0], 64) * 64, source.shape[1]
+    rows, cols = padded(source.shape[0]), source.shape[1]
     return empty_packed(cols, rows) if transposed else empty_packed(rows, cols)
 
 
@@ -172,23 +173,24 @@ def _launch(
     activation: str,
     mask: str,
     dtype: torch.dtype,
-    packed: Tensor | None,
-    packed_t: Tensor | None,
+    results: tuple[Tensor | None, Tensor | None],
 ) -> None:
+    """results: of S and of its transpose; either may be None."""
     rows, cols = source.shape
+    packed, packed_t = results
     gate = source if gate is None else gate
     target = packed if packed is not None else packed_t
     assert target is not None
     launch(
         _sparsify_kernel,
-        (cols // 64, triton.cdiv(rows, 64)),
+        (cols // KERNEL_TILE, triton.cdiv(rows, KERNEL_TILE)),
         (source, target, target if packed_t is None else packed_t, gate),
         (rows, cols, *source.stride(), *gate.stride()),
         (
             tiles.TRITON_DTYPE[dtype],
             mask == "greedy",
             activation,
-            rows % 64 != 0,
+            rows % KERNEL_TILE != 0,
             packed is not None,
             packed_t is not None,
         ),
@@ -197,7 +199,7 @@ def _launch(
 
 
 def mask24(weight: Tensor, mask: str) -> Tensor:
-    """The bool mask [N, K]; `reference.mask24` defines it.
+    """The bool mask [N, K]; `ops.reference.weights.mask24` defines it.
 
     weight: [N, K] float16, bfloat16 or float32, N and K multiples of 4, any strides, on the current device.
     """
@@ -205,7 +207,7 @@ def mask24(weight: Tensor, mask: str) -> Tensor:
     kept = torch.empty(rows, cols, dtype=torch.bool, device=weight.device)
     launch(
         _mask24_kernel,
-        (triton.cdiv(cols, 64), triton.cdiv(rows, 64)),
+        (triton.cdiv(cols, KERNEL_TILE), triton.cdiv(rows, KERNEL_TILE)),
         (weight, kept.view(torch.int32)),
         (rows, cols, *weight.stride()),
         (mask == "greedy",),

@@ -5,22 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..vocabulary import PRODUCTS, Form
 from .cusparselt import realigned
 
 
 def compress(masked: Tensor) -> Tensor:
-    """Pack a masked weight [N, K], float16 or bfloat16, in the layout of its device: 1-D, N * K * 9 / 16 elements."""
+    """Pack a masked matrix [N, K], float16 or bfloat16, in the layout of its device: 1-D, `packed_numel` elements."""
     return torch._cslt_compress(masked.contiguous()).reshape(-1)
 
 
-def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """Multiply as `cusparselt.linear` does, whose operands it takes, with the packed weight from `compress`."""
+def product(
+    form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | None = None, tuned: bool = False
+) -> Tensor:
+    """Multiply as `cusparselt.product` does, whose operands it takes, with the packed matrix from `compress`."""
+    spec = PRODUCTS[form]
     # torch hands the addresses on as they are, and takes the number of rows from the shape.
-    input, matrix = realigned(input), realigned(packed).view(out_features, -1)
+    dense, matrix = realigned(dense), realigned(packed).view(n, -1)
     bias = None if bias is None else realigned(bias)
-    return torch._cslt_sparse_mm(matrix, input.T, bias=bias, transpose_result=True)
-
-
-def product(packed: Tensor, dense: Tensor, rows: int) -> Tensor:
-    """Multiply a packed matrix [rows, K] from `compress` and a dense one [K, M] -> [rows, M]."""
-    return torch._cslt_sparse_mm(realigned(packed).view(rows, -1), realigned(dense))
+    b = dense.T if spec.b_transposed else dense
+    if form == "linear":
+        return torch._cslt_sparse_mm(matrix, b, bias=bias, transpose_result=True)
+    d = torch._cslt_sparse_mm(matrix, b)
+    return d.T.contiguous() if spec.d_transposed else d

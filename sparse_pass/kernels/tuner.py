@@ -7,10 +7,11 @@ import logging
 import torch
 from torch import Tensor
 
+from ..vocabulary import PRODUCTS, Form
 from . import cusparselt
 from .cusparselt import Plan
 from .measure import timing_of
-from .problem import Form, Problem
+from .problem import Problem
 from .recent import remember
 
 log = logging.getLogger(__name__)
@@ -18,29 +19,20 @@ log = logging.getLogger(__name__)
 _CHOSEN: dict[Problem, Plan] = {}
 
 
-def linear(
-    input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, output: Tensor | None = None
+def product(
+    form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | None = None, output: Tensor | None = None
 ) -> Tensor:
-    """`cusparselt.linear` by the fastest algorithm, which is measured at the first call where it is not known.
+    """`cusparselt.product` by the fastest algorithm, which is measured at the first call where it is not known.
 
     A number of rows that was never measured takes the algorithm of the next one in a coarse grid, so that dynamic
     shapes measure a few times and not in every step.
     """
-    m, k = input.shape
+    m, k = PRODUCTS[form].dense_shape(*dense.shape)
     # Equal to a Problem, and made in a third of the time.
-    plan = _CHOSEN.get((input.get_device(), input.dtype, m, out_features, k, bias is not None, "linear"))  # type: ignore[call-overload]
+    plan = _CHOSEN.get((dense.get_device(), dense.dtype, m, n, k, bias is not None, form))  # type: ignore[call-overload]
     if plan is None:
-        plan = _choose(cusparselt.problem_of("linear", input, out_features, bias), bias)
-    return plan(input, packed, bias, output)  # type: ignore[no-any-return]
-
-
-def product(form: Form, dense: Tensor, packed: Tensor, rows: int, output: Tensor | None = None) -> Tensor:
-    """`cusparselt.product` by the fastest algorithm, as above."""
-    problem = cusparselt.problem_of(form, dense, rows)
-    plan = _CHOSEN.get(problem)
-    if plan is None:
-        plan = _choose(problem, None)
-    return plan(dense, packed, None, output)
+        plan = _choose(cusparselt.problem_of(form, dense, n, bias), bias)
+    return plan(dense, packed, bias, output)  # type: ignore[no-any-return]
 
 
 def _choose(problem: Problem, bias: Tensor | None) -> Plan:

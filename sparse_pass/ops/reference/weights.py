@@ -1,4 +1,4 @@
-"""The reference of every kernel: plain torch on any device, and the oracle of the tests.
+"""The reference of 2:4 weights, plain torch on any device, and of the packed layout.
 
 Letters: W is a weight [N, K]; a *tile* is 4 rows by 4 columns of it; a *group* is four neighbours of one row.
 The Triton kernels give the same bits as these functions, ties and rounding included.
@@ -10,10 +10,6 @@ import itertools
 
 import torch
 from torch import Tensor
-
-MASKS = ("optimal", "greedy")
-TILE = 64
-"""The packed layout is made of 64x64 tiles."""
 
 # The six pairs of columns in lexicographic order, so that pair 5 - e is the complement of pair e, and the three ways
 # to split the four columns into two pairs.
@@ -163,16 +159,6 @@ def _greedy(lines: Tensor) -> Tensor:
     return kept
 
 
-def padded(rows: int, multiple: int = TILE) -> int:
-    """Rows rounded up, to whole tiles by default."""
-    return (rows + multiple - 1) // multiple * multiple
-
-
-def packed_numel(rows: int, cols: int) -> int:
-    """Elements of a packed [padded(rows), cols], and of its transpose."""
-    return padded(rows) // 16 * cols * 9
-
-
 def pack(weight: Tensor, mask: Tensor) -> Tensor:
     """Compress weight * mask into the SM90 layout of cuSPARSELt for 16-bit types.
 
@@ -214,24 +200,13 @@ def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
     return dense.scatter_(-1, index, values).view(rows, cols)
 
 
-def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """S(W) and S(W)^T packed: the mask is chosen on `weight` as stored, the values are rounded to `dtype` after."""
     kept = mask24(weight, mask)
-    values = weight.detach().to(dtype)
+    values = weight.detach().to(dtype or weight.dtype)
     return pack(values, kept), pack(values.T, kept.T)
 
 
-def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype) -> Tensor:
+def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype | None = None) -> Tensor:
     """One of the two."""
     return sparsify(weight, mask, dtype)[int(transposed)]
-
-
-def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """Multiply: input [M, K], packed S(W) [N, K], bias [N] or None -> [M, N]."""
-    dense = unpack(packed, out_features, input.shape[1])
-    return torch.nn.functional.linear(input.contiguous(), dense, bias)
-
-
-def linear_into(input: Tensor, packed: Tensor, bias: Tensor | None = None, *, tuned: bool, out: Tensor) -> None:
-    """`linear` as compiled code calls it (`lowering`)."""
-    out.copy_(linear(input, packed, bias, out.shape[1]))

@@ -1,4 +1,4 @@
-"""The reference of 2:4 inputs, plain torch on any device: masks, activation functions, packed, and products."""
+"""The reference of 2:4 inputs, plain torch on any device: masks, activation functions, packed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from ...vocabulary import MASKS as TILE_MASKS
+from ...vocabulary import padded
+from . import weights
 
-MASKS = (*reference.MASKS, "rowwise")
+MASKS = (*TILE_MASKS, "rowwise")
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "none": lambda x: x,
@@ -23,15 +25,15 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 GATED = frozenset({"silu_gate"})
 
 
-def input_mask24(input: Tensor, mask: str, tile_mask: Callable[[Tensor, str], Tensor] = reference.mask24) -> Tensor:
+def input_mask24(input: Tensor, mask: str, tile_mask: Callable[[Tensor, str], Tensor] = weights.mask24) -> Tensor:
     """Choose the 2:4 mask of an input [..., K]: bool of its shape, contiguous. K is a multiple of 4.
 
-    The leading dims are one, M. "optimal" and "greedy" are `reference.mask24` of [M, K], with rows of zeros added up to
+    The leading dims are one, M. "optimal" and "greedy" are `weights.mask24` of [M, K], with rows of zeros added up to
     a multiple of 4. "rowwise" keeps the two largest magnitudes of every four along K, of equal ones the first: what is
     kept of a row depends on that row alone. NaN counts as +inf.
 
     Args:
-        tile_mask: computes the masks of tiles, as `reference.mask24` does.
+        tile_mask: computes the masks of tiles, as `weights.mask24` does.
     """
     matrix = input.detach().reshape(-1, input.shape[-1]) if input.numel() else input.detach().new_empty(0, 4)
     if mask == "rowwise":
@@ -60,32 +62,11 @@ def activate(input: Tensor, gate: Tensor | None, activation: str) -> Tensor:
 
 
 def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
-    """S(x) and S(x)^T packed, x [M, K] what the activation gives: `reference.pack` of [Mp, K] and of [K, Mp].
+    """S(x) and S(x)^T packed, x [M, K] what the activation gives: `weights.pack` of [Mp, K] and of [K, Mp].
 
     Mp is M rounded up to a multiple of 64, and what is added counts as zeros.
     """
     x = activate(input.detach(), gate, activation)
-    x = F.pad(x, (0, 0, 0, -x.shape[0] % reference.TILE))
-    kept = reference.mask24(x, mask) if x.shape[0] else torch.zeros(x.shape, dtype=torch.bool)
-    return reference.pack(x, kept), reference.pack(x.T, kept.T)
-
-
-def input_linear(packed: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """Multiply: packed S(x) [Mp, K], weight [N, K] -> [M, N]."""
-    return reference.unpack(packed, reference.padded(rows), weight.shape[1])[:rows] @ weight.T
-
-
-def input_linear_into(packed: Tensor, weight: Tensor, *, tuned: bool, out: Tensor) -> None:
-    """`input_linear` as compiled code calls it (`lowering`)."""
-    out.copy_(input_linear(packed, weight, out.shape[0]))
-
-
-def input_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int) -> Tensor:
-    """Multiply: packed S(x)^T [K, Mp], grad_output [M, N] -> grad_output^T S(x) [N, K]."""
-    rows = grad_output.shape[0]
-    return grad_output.T @ reference.unpack(packed_t, in_features, reference.padded(rows))[:, :rows].T
-
-
-def input_grad_weight_into(packed_t: Tensor, grad_output: Tensor, *, tuned: bool, out: Tensor) -> None:
-    """`input_grad_weight` as compiled code calls it (`lowering`)."""
-    out.copy_(input_grad_weight(packed_t, grad_output, out.shape[1]))
+    x = F.pad(x, (0, 0, 0, padded(x.shape[0]) - x.shape[0]))
+    kept = weights.mask24(x, mask) if x.shape[0] else torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+    return weights.pack(x, kept), weights.pack(x.T, kept.T)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from ...vocabulary import KERNEL_TILE, padded
+from .weights import pack
 
 _MASK32 = 0xFFFFFFFF
 _PHILOX_ROUNDS = 10
@@ -115,7 +116,7 @@ def _estimate(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     float32 (in float64 for float64); values that are kept are rounded to grad's dtype at the end.
     """
     rows, cols = grad.shape
-    groups = reference.padded(rows) // 4
+    groups = padded(rows) // 4
     turned = torch.nn.functional.pad(grad.detach().T, (0, 4 * groups - rows))
     values = torch.empty(cols, 4 * groups, dtype=grad.dtype, device=grad.device)
     kept = torch.empty(cols, 4 * groups, dtype=torch.bool, device=grad.device)
@@ -140,8 +141,8 @@ def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
 
 
 def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
-    """The estimate of grad [M, N], transposed and packed: `reference.pack` of [N, Mp]."""
-    return reference.pack(*_estimate(grad, seed))
+    """The estimate of grad [M, N], transposed and packed: `pack` of [N, Mp]."""
+    return pack(*_estimate(grad, seed))
 
 
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,16 +153,5 @@ def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
 def sums(grad: Tensor) -> Tensor:
     """The sums of grad over 64 rows each: float32 [Mp / 64, N]. Their sum is the gradient of a bias."""
     rows, cols = grad.shape
-    added = reference.padded(rows) - rows
-    return torch.nn.functional.pad(grad.float(), (0, 0, 0, added)).view(-1, reference.TILE, cols).sum(1)
-
-
-def grad_weight(packed: Tensor, input: Tensor, out_features: int) -> Tensor:
-    """Multiply: packed [N, Mp] of `sparsify_mvue`, input [M, K] -> [N, K]."""
-    rows = input.shape[0]
-    return reference.unpack(packed, out_features, reference.padded(rows))[:, :rows] @ input
-
-
-def grad_weight_into(packed: Tensor, input: Tensor, *, tuned: bool, out: Tensor) -> None:
-    """`grad_weight` as compiled code calls it (`lowering`)."""
-    out.copy_(grad_weight(packed, input, out.shape[0]))
+    missing = padded(rows) - rows
+    return torch.nn.functional.pad(grad.float(), (0, 0, 0, missing)).view(-1, KERNEL_TILE, cols).sum(1)

@@ -1,0 +1,1 @@
+"""The operators of the rewritten graphs: `definitions` has them all, `reference` what they compute."""

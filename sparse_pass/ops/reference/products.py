@@ -1,0 +1,20 @@
+"""The reference of products with a structured operand, plain torch on any device."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...vocabulary import PRODUCTS, Form, padded
+from .weights import unpack
+
+
+def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | None = None) -> Tensor:
+    """Multiply as the form says: packed A [N, K], its rows padded to whole tiles, and B -> D, contiguous."""
+    spec = PRODUCTS[form]
+    _, k = spec.dense_shape(*dense.shape)
+    a = unpack(packed, padded(n) if spec.rows == "n" else n, padded(k) if spec.rows == "k" else k)[:n, :k]
+    dense = dense.contiguous()
+    if spec.d_transposed:
+        return F.linear(dense if spec.b_transposed else dense.T, a, bias)
+    return a @ (dense.T if spec.b_transposed else dense)

@@ -1,0 +1,107 @@
+"""The words that operators, kernels and rules share: GEMMs and operands, forms of products, masks and packed matrices.
+
+The three GEMMs of a linear `Y = X W^T + b`, with X [M, K], W [N, K], Y [M, N]:
+
+    output       Y  = X W^T + b
+    grad_input   dX = dY W
+    grad_weight  dW = dY^T X
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+
+GemmName = Literal["output", "grad_input", "grad_weight"]
+Role = Literal["weight", "input", "grad_output"]
+"""What an operand of a GEMM is."""
+
+TILE = 4
+"""Masks are chosen in tiles of 4x4: both dims of a weight must be multiples of 4."""
+KERNEL_TILE = 64
+"""The packed layout is made of tiles of 64x64: N and K of a sparse GEMM must be multiples of 64."""
+GRAD_TILE = 16
+"""K of a 2:4 gradient's GEMM, whose sparse operand is [N, M], must be a multiple of 16: a limit of cuSPARSELt."""
+ROW_MULTIPLE = 8
+"""cuSPARSELt takes the M of a product, see `Product`, in multiples of 8."""
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+MIN_CAPABILITY = (8, 0)
+"""Sparse tensor cores came with SM80 (A100)."""
+
+MASKS = ("optimal", "greedy")
+"""Masks of 4x4 tiles, two of four along rows and columns."""
+
+Form = Literal["linear", "grad_weight", "input", "input_grad_weight"]
+FORMS: tuple[Form, ...] = get_args(Form)
+_Size = TypeVar("_Size")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """Where the operands of `D = A B` come from and where D goes. A is structured: [N, K], packed. All are row-major.
+
+    M is a multiple of 8; N and K are multiples of 16 (of 64 in the SM90 layout). The letters are those of the product,
+    and each form stands for a GEMM of a linear, whose letters are others.
+    """
+
+    op: str
+    """The operator, `torch.ops.sparse_pass.<op>`."""
+    structured: Role
+    b_transposed: bool
+    """Whether B is stored [M, K]."""
+    d_transposed: bool
+    """Whether D is stored [M, N]."""
+    rows: Literal["m", "n", "k"]
+    """The letter that counts the rows of X, and is padded."""
+
+    @property
+    def multiple(self) -> int:
+        """What rows are padded to: packed ones, and those that are contracted over, to whole tiles."""
+        return ROW_MULTIPLE if self.rows == "m" else KERNEL_TILE
+
+    def operands(self, first: Any, second: Any, *rest: Any) -> tuple[Any, Any, Any, Any]:
+        """B, A packed, N and the bias or None, from the arguments of the operator."""
+        # A packed weight comes second, as in every linear; a packed input or gradient first.
+        dense, packed = (first, second) if self.structured == "weight" else (second, first)
+        *bias, n = rest
+        return dense, packed, n, bias[0] if bias else None
+
+    def dense_shape(self, m: _Size, k: _Size) -> tuple[_Size, _Size]:
+        """Of B as it is stored. Of the shape of B it gives m and k."""
+        return (m, k) if self.b_transposed else (k, m)
+
+    def output_shape(self, m: _Size, n: _Size) -> tuple[_Size, _Size]:
+        """Of D as it is stored."""
+        return (m, n) if self.d_transposed else (n, m)
+
+
+#   form                 A                    B                 D
+#   "linear"             S(W)    [N, K]       X   [M, K]        [M, N]   output, and grad_input with S(W)^T
+#   "grad_weight"        MVUE(dY)^T [N, K]    X   [K, M]        [N, M]   grad_weight; K of it is padded rows
+#   "input"              S(X)    [N, K]       W   [M, K]        [N, M]   output; N of it is padded rows
+#   "input_grad_weight"  S(X)^T  [N, K]       dY  [K, M]        [M, N]   grad_weight; K of it is padded rows
+PRODUCTS: dict[Form, Product] = {
+    "linear": Product(op="linear", structured="weight", b_transposed=True, d_transposed=True, rows="m"),
+    "grad_weight": Product(
+        op="grad_weight", structured="grad_output", b_transposed=False, d_transposed=False, rows="k"
+    ),
+    "input": Product(op="input_linear", structured="input", b_transposed=True, d_transposed=False, rows="n"),
+    "input_grad_weight": Product(
+        op="input_grad_weight", structured="input", b_transposed=False, d_transposed=True, rows="k"
+    ),
+}
+
+
+def padded(rows: int, multiple: int = KERNEL_TILE) -> int:
+    """Rows rounded up, to whole tiles by default."""
+    return (rows + multiple - 1) // multiple * multiple
+
+
+def packed_numel(rows: int, cols: int) -> int:
+    """Elements of 16 bits of a packed [padded(rows), cols], and of its transpose, in every layout.
+
+    Of each group of four two values, and a nibble that says which two: 9/16 of the dense matrix.
+    """
+    return padded(rows) // 16 * cols * 9
