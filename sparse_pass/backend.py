@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -15,20 +13,16 @@ from torch.fx import GraphModule
 from .capture import compile_aot_eager
 from .captured import Captured, captured
 from .config import Config, Require, Tune
-from .dynamo.first_step import FirstStep, is_compiled_in_place
-from .dynamo.recompiles import is_exhausted, why_last
+from .dynamo.recompiles import why_last
 from .graph_pass import SparsePass
 from .inductor import Retrace, with_pass
-from .model_names import check_names, chosen_weights, is_model_of, uncaptured, unwrapped
+from .model_names import check_names, is_model_of, unwrapped
 from .report import Report
 from .shared_graphs import SharedGraphs
 from .usage import by_position
+from .watch import Watch
 
 Inner: TypeAlias = Literal["inductor", "aot_eager"]
-
-_EAGER = "Dynamo runs it eagerly, and so dense (TORCH_LOGS=graph_breaks,recompiles says why)"
-_NOT_YET = f"in no graph so far: not called yet, or {_EAGER}"
-_NOT_IN_STEP = f"in no graph after the first step: not called, or {_EAGER}"
 
 
 class SparseBackend:
@@ -51,13 +45,11 @@ class SparseBackend:
         self._inner = inner
         self._options = options
         self._inductor: torch._TorchCompileInductorWrapper | None = None
-        self._called = False
         self._shared = SharedGraphs()
         self._wants_model = model is not None
-        self._model: weakref.ref[nn.Module] | None = None
-        self._first_step: FirstStep | None = None
+        self._watch = Watch(self, sparse_pass, self._shared)
         if model is not None:
-            self._take_model(model)
+            self._watch.take(model)
 
     def __call__(
         self,
@@ -71,22 +63,23 @@ class SparseBackend:
         given = {**self._options, **(options or {})}
         graph = self._look(graph_module)
         if graph.names.ours:
-            self._called = True
+            self._watch.on_attempt()
             if last := why_last():
                 self._pass.note(last, graph.names)  # an error under strict: no later call can be watched
         compiled = self._compile(graph_module, inputs, graph, mode, given)
-        model = self._live_model()
+        model = self._watch.model()
         if model is not None and graph.region.shared:
-            compiled = self._shared.observe(compiled, graph, model, self._settle)
-        self._settle()
+            compiled = self._shared.observe(compiled, graph, model, self._watch.settle)
+        self._watch.settle()
         return compiled
 
     def _look(self, graph_module: GraphModule) -> Captured:
-        graph = captured(graph_module, self._live_model(), self._pass.patterns)
-        if self._wants_model and self._live_model() is None:
+        model = self._watch.model()
+        graph = captured(graph_module, model, self._pass.patterns)
+        if self._wants_model and model is None:
             fitting = next((root for root in graph.roots if is_model_of(root, self._pass.patterns)), None)
             if fitting is not None:
-                self._take_model(fitting)
+                self._watch.take(fitting)
                 graph = captured(graph_module, fitting, self._pass.patterns)
         return graph
 
@@ -125,79 +118,11 @@ class SparseBackend:
         settings = {"strict": one.strict, "tune": one.tune, "require": one.require}
         return _rebuilt, (one.config, settings, self._inner, self._options, self._wants_model)
 
-    # The model, and what of it is dense.
-
-    def _take_model(self, model: nn.Module) -> None:
-        # Compiled code holds the backend; a strong reference would keep the parameters alive with it.
-        self._model = weakref.ref(model)
-        chosen = chosen_weights(model, self._pass.patterns)
-        self._first_step = FirstStep(self, model, [(name, weight) for name, weight, _ in chosen if weight is not None])
-
-    def _live_model(self) -> nn.Module | None:
-        return None if self._model is None else self._model()
-
-    def _missing(self) -> list[str]:
-        model = self._live_model()
-        return [] if model is None else list(uncaptured(model, self._pass.patterns, self._seen()))
-
-    def _seen(self) -> set[str]:
-        return self._pass.captured | self._shared.served
-
-    def _settle(self) -> None:
-        """Stop watching once nothing is missing."""
-        if self._first_step is not None and not self._missing():
-            self._first_step.over()
-            self._first_step = None
-
-    def on_attempt(self) -> None:
-        """See `Watcher`."""
-        self._called = True
-
-    def on_gradient(self, name: str) -> None:
-        """See `Watcher`."""
-        if self._was_called() and name in (missing := self._missing()):
-            self._tell(missing)
-
-    def on_step(self) -> None:
-        """See `Watcher`."""
-        if self._was_called():
-            self._tell(self._missing())
-            if self._first_step is not None:
-                self._first_step.over()
-                self._first_step = None
-
-    def _was_called(self) -> bool:
-        model = self._live_model()
-        return self._called or (model is not None and (is_compiled_in_place(model, self) or is_exhausted(model)))
-
-    def _insists(self) -> bool:
-        model = self._live_model()
-        on_gpu = model is not None and any(parameter.is_cuda for parameter in model.parameters())
-        return self._pass.require == "sparse" and on_gpu
-
-    def _tell(self, missing: list[str]) -> None:
-        if missing and (self._pass.strict or self._insists()):
-            raise RuntimeError(
-                f"sparse_pass: {', '.join(map(repr, missing))}: {_NOT_IN_STEP}. strict=True and require='sparse' let no"
-                " named layer train dense: mend the graph break, compile the part that holds the layer, or map it to"
-                " None"
-            )
-        self._pass.warn_uncaptured(missing, _NOT_IN_STEP)
-
     @property
     def report(self) -> Report:
         """Every graph compiled so far, whether compiled now or taken from a cache."""
         reports = [self._shared.told(names, report) for names, report in self._pass.reports()]
-        report = self._pass.merged(reports)
-        model = self._live_model()
-        if model is None:
-            return report
-        missing = uncaptured(model, self._pass.patterns, self._seen())
-        if report.graphs:
-            told = [name for name, pattern in missing.items() if pattern.exact or self._pass.strict]
-            self._pass.warn_uncaptured(told, _NOT_YET)
-        # With a model each pattern names something of it: what is not there is uncaptured.
-        return replace(report, unmatched=(), uncaptured=tuple(missing))
+        return self._watch.completed(self._pass.merged(reports))
 
 
 def _refuse_options(mode: str | None, options: Mapping[str, Any]) -> None:

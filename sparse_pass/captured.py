@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -51,6 +52,8 @@ def captured(graph_module: GraphModule, model: nn.Module | None, patterns: Seque
         eager_backward=frozenset(
             name for one in inputs if id(one.value) in held for name in by_input.get(one.index, ())
         ),
+        of_model=model is None or known.of_model,
+        with_gradients=torch.is_grad_enabled(),
         ours=not is_optimizer_step(graph_module),
         last_graph=not (reason is not None and reason.graph_break),
         checked=model is not None,

@@ -70,7 +70,7 @@ def explain(model: nn.Module, config: Config) -> Callable[..., Report]:
                     raise refused[0] from None
                 raise
         report = sparse_pass.report
-        missing = tuple(uncaptured(model, sparse_pass.patterns, sparse_pass.captured))
+        missing = tuple(uncaptured(model, sparse_pass.patterns, sparse_pass.captured()))
         notes = report.notes + _suggestions(model, sparse_pass.patterns, report.unmatched)
         return replace(report, notes=notes, uncaptured=missing)
 

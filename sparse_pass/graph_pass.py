@@ -166,11 +166,26 @@ class SparsePass(CustomGraphPass):
         return list(self._reports)
 
     @property
-    def captured(self) -> set[str]:
+    def count(self) -> int:
+        """How many reports there are by now."""
+        return len(self._reports)
+
+    def captured(self, *, training: bool = False, since: int = 0) -> set[str]:
         """Names of the linears of all graphs compiled so far. Of graphs from a cache that were not traced again, names
-        of the parameters that they read."""
-        rows = {site.fqn for _, report in self._reports for site in report.sites}
-        return rows.union(*(names.read for names in list(self._awaited)))
+        of the parameters that they read.
+
+        Args:
+            training: only of graphs that a model was trained by, and not of those of its copies.
+            since: how many reports to leave out.
+        """
+        rows = {
+            site.fqn
+            for names, report in self._reports[since:]
+            for site in report.sites
+            if not training or (site.training and (names is None or names.of_model))
+        }
+        cached = [names for names in list(self._awaited) if not training or (names.with_gradients and names.of_model)]
+        return rows.union(*(names.read for names in cached))
 
     def _warn_unmatched(self, names: Names | None) -> None:
         absent = [

@@ -36,6 +36,10 @@ class Names:
     """Names of the parameters that the graph does more with than look up rows."""
     eager_backward: frozenset[str] = frozenset()
     """Names of the parameters that are in the hands of an autograd.Function whose backward runs eagerly."""
+    of_model: bool = True
+    """False where the parameters are those of a copy of the model that names are names in."""
+    with_gradients: bool = True
+    """Whether gradients were enabled when the graph was captured."""
     ours: bool = True
     """False for the step of an optimizer, whose parameters are not multiplied by anything."""
     last_graph: bool = True

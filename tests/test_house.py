@@ -24,7 +24,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "__init__": "backend config explain graph_pass inductor ops prune report rewrite_graph",
     "explain": "capture captured config fqn graph_pass model_names report usage",
-    "backend": "capture captured config dynamo graph_pass inductor model_names report shared_graphs usage",
+    "backend": "capture captured config dynamo graph_pass inductor model_names report shared_graphs usage watch",
+    "watch": "dynamo graph_pass model_names report shared_graphs",
     "shared_graphs": "captured model_names report rewrite_graph",
     "inductor": "capture captured config graph_pass report rewrite_graph",
     "captured": "dynamo fqn rewrite_graph",

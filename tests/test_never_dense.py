@@ -410,6 +410,146 @@ def test_dense_on_purpose_first() -> None:
     assert layers(backend.report) == BOTH
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_optimizer_that_calls_a_closure(in_place: bool) -> None:
+    """The step begins before the forward, as of LBFGS, and of Lightning for all optimizers."""
+    model = Net()
+    backend = sp.sparse_backend(FC1, model=model, inner="aot_eager", strict=True)
+    call = by_blocks(model, backend) if in_place else whole(model, backend)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = call(batch()).square().mean()
+        loss.backward()
+        return loss
+
+    with silence():
+        optimizer.step(closure)
+    assert layers(backend.report) == BOTH
+
+
+def test_optimizer_of_another_part() -> None:
+    """As of two networks that take turns: what this one does not hold may run in another step."""
+    model = Net()
+    backend = sp.sparse_backend(FC1, model=model, inner="aot_eager", strict=True)
+    call = by_blocks(model, backend)
+    with silence():
+        for block in model.blocks:
+            optimizer = torch.optim.SGD(block.parameters(), lr=0.0)
+            optimizer.step()  # to make its state: there are no gradients yet
+            block(batch()).sum().backward()
+            optimizer.step()
+        call(batch())
+    assert layers(backend.report) == BOTH
+
+
+class ByMode(Net):
+    """Dynamo sees evaluation alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.eagerly(x) if self.training else super().forward(x)
+
+    @torch.compiler.disable
+    def eagerly(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_captured_in_evaluation_alone() -> None:
+    model = ByMode()
+    backend = sp.sparse_backend(FC1, model=model, inner="aot_eager", strict=True)
+    compiled = torch.compile(model, backend=backend)
+    model.eval()
+    with torch.no_grad(), silence():
+        compiled(batch())
+    model.train()
+    with pytest.raises(RuntimeError, match=r"'blocks\.1\.fc1': in no graph"):
+        compiled(batch()).sum().backward()
+
+
+def test_captured_in_a_copy_alone() -> None:
+    """As of an average of the weights that is evaluated and trained by itself."""
+    model = disabled(Net())
+    backend = sp.sparse_backend(FC1, model=model, inner="aot_eager", strict=True)
+    other = copy.deepcopy(model)
+    del other.blocks[1].forward
+    torch.compile(other, backend=backend)(batch()).sum().backward()
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"'blocks\.1\.fc1': in no graph"):
+        torch.compile(model, backend=backend)(batch()).sum().backward()
+
+
+def test_a_whole_step_that_is_compiled() -> None:
+    model = disabled(Net())
+    backend = sp.sparse_backend(FC1, model=model, inner="aot_eager", strict=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    @torch.compile(backend=backend)
+    def step(x: Tensor) -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"'blocks\.1\.fc1': in no graph"):
+        step(batch())
+
+
+def test_function_of_a_weight() -> None:
+    """It is compiled once and called with any: a guard keeps those that are treated otherwise apart."""
+    model = Net(3)
+    backend = sp.sparse_backend({"blocks.0.fc1": W24, "blocks.2.fc1": W24}, model=model, inner="aot_eager", strict=True)
+    multiply = torch.compile(lambda x, w: nn.functional.linear(x, w), backend=backend)
+    x = batch()
+    with silence():
+        outputs = [multiply(x, block.fc1.weight) for block in model.blocks]
+        report = backend.report
+    for index, block in enumerate(model.blocks):
+        weight = block.fc1.weight
+        kept = weight * sp.mask24(weight) if index != 1 else weight
+        torch.testing.assert_close(outputs[index], x @ kept.T)
+    assert layers(report) == {"blocks.0.fc1", "blocks.2.fc1"}
+
+
+class SetUp(torch.autograd.Function):
+    """In the form without a ctx in its forward, with a graph break inside."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x @ w.T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.T @ x
+
+
+class ByFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SetUp.apply(x, self.fc.weight)
+
+
+def test_function_whose_backward_runs_eagerly() -> None:
+    """Not half of it is masked: it is an error, or skipped for a pattern."""
+    model = ByFunction()
+    backend = sp.sparse_backend({"re:.*": W24}, model=model, inner="aot_eager")
+    x = batch().requires_grad_()
+    output = torch.compile(model, backend=backend)(x)
+    torch.testing.assert_close(output, x @ model.fc.weight.T)
+    assert {site.status for site in backend.report.sites} == {"skipped"}
+    assert "backward runs eagerly" in backend.report.sites[0].reason
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"cannot sparsify 'fc' \(named exactly\): its autograd\.Function"):
+        torch.compile(model, backend=sp.sparse_backend({"fc": W24}, model=model, inner="aot_eager"))(x)
+
+
 def test_another_model_of_the_same_process() -> None:
     model, other = Net(), Net()
     backend = sp.sparse_backend(FC1, model=model, inner="aot_eager", strict=True)

@@ -22,6 +22,8 @@ class InputNames:
     weight, or to be of another model."""
     by_attribute: Mapping[str, tuple[str, ...]]
     """Of parameters that are attributes of the graph."""
+    of_model: bool
+    """False where modules lead to the parameters, and none of them is the model's: it is a copy."""
 
 
 def input_names(graph_module: GraphModule, inputs: Sequence[Input], model: nn.Module | None = None) -> InputNames:
@@ -59,7 +61,9 @@ def input_names(graph_module: GraphModule, inputs: Sequence[Input], model: nn.Mo
             by_attribute[name] = ()
         elif own is not None and id(parameter) in own.by_identity:
             by_attribute[name] = own.by_identity[id(parameter)]
-    return InputNames(by_input=found, by_attribute=by_attribute)
+    ways = [one for one in inputs if one.way]
+    of_model = others or own is None or not ways or any(own.holds(one) for one in ways)
+    return InputNames(by_input=found, by_attribute=by_attribute, of_model=of_model)
 
 
 def read_names(graph_module: GraphModule, names: Mapping[int, tuple[str, ...]]) -> frozenset[str]:

@@ -16,7 +16,8 @@ def is_exhausted(model: nn.Module) -> bool:
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
     code = getattr(type(model).forward, "__code__", None)
-    return code is not None and len(_debug_get_cache_entry_list(code)) >= config.recompile_limit
+    limit = min(config.recompile_limit, config.accumulated_recompile_limit)
+    return code is not None and len(_debug_get_cache_entry_list(code)) >= limit
 
 
 def why_last() -> str:
@@ -31,11 +32,17 @@ def why_last() -> str:
         return ""  # Dynamo raises
     code = output.root_tx.f_code
     frame = cast(Any, SimpleNamespace(f_locals=output.local_scope))
-    graphs = [entry for entry in _debug_get_cache_entry_list(code) if _has_same_id_matched_objs(frame, entry)]
-    if len(graphs) + 1 < config.recompile_limit:
+    entries = _debug_get_cache_entry_list(code)
+    counts = {
+        "recompile_limit": sum(_has_same_id_matched_objs(frame, entry) for entry in entries),
+        "accumulated_recompile_limit": len(entries),
+    }
+    reached = [name for name, count in counts.items() if count + 1 >= getattr(config, name)]
+    if not reached:
         return ""
+    limit = f"torch._dynamo.config.{reached[0]} = {getattr(config, reached[0])}"
     return (
-        f"Dynamo makes no more than torch._dynamo.config.recompile_limit = {config.recompile_limit} graphs of one code,"
+        f"Dynamo makes no more than {limit} graphs of one code,"
         f" and has as many of {code.co_name!r} ({code.co_filename}:{code.co_firstlineno}): a call that fits none of"
         " them will run eagerly, with its named linears dense. Raise the limit, or compile with dynamic=True to need"
         " fewer graphs, or with fullgraph=True to have an error instead"

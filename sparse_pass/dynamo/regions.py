@@ -51,10 +51,13 @@ def guard_region(inputs: Sequence[Input], model: nn.Module, patterns: Sequence[P
         place = next((place for place in one.way if id(place.module) in paths), None)
         if place is not None:
             parts.setdefault(id(place.module), place)
-    if not parts or id(model) in parts:
+    # Handed over by themselves, as to a function of a weight: that may be called with any other one.
+    alone = [one for one in inputs if not one.way]
+    if id(model) in parts or not (parts or alone):
         return Region()
     chosen = _chosen(model, patterns)
     alike = [_guard_part(place, paths[part], model, chosen) for part, place in parts.items()]
+    alike += [_guard_weight(one, model, chosen) for one in alone]
     name = normalize(paths[next(iter(parts))]) if len(parts) == 1 else ""
     return Region(name, any(count > 1 for count in alike))
 
@@ -66,6 +69,20 @@ def _guard_part(place: Place, path: str, model: nn.Module, chosen: Mapping[str, 
     alike = frozenset(id(module) for name, module in same_class if _below(normalize(name), chosen) == treated)
     if len(alike) < len(same_class):
         _add_guard(place.source, alike, normalize(path))
+    return len(alike)
+
+
+def _guard_weight(one: Input, model: nn.Module, chosen: Mapping[str, Scheme | None]) -> int:
+    """The same for a parameter that no module leads to. 0 if it is none of the model's linear weights."""
+    schemes: dict[int, Scheme | None] = {}
+    for name, weight in linear_weights(model).items():
+        if weight is not None:
+            schemes[id(weight)] = schemes.get(id(weight)) or chosen[name]
+    if id(one.value) not in schemes:
+        return 0
+    alike = frozenset(weight for weight, scheme in schemes.items() if scheme == schemes[id(one.value)])
+    if len(alike) < len(schemes):
+        _add_guard(one.source, alike, "the one that it was compiled for")
     return len(alike)
 
 
@@ -84,8 +101,8 @@ def _below(prefix: str, chosen: Mapping[str, Scheme | None]) -> dict[str, Scheme
 def _add_guard(source: Source, alike: frozenset[int], name: str) -> None:
     def SPARSE_PASS_REGION(builder: GuardBuilder, guard: Guard) -> None:
         builder.get_guard_manager(guard).add_lambda_guard(
-            lambda module: id(module) in alike,
-            get_verbose_code_parts([f"{guard.name} is treated by sparse_pass as {name!r} is"], guard),
+            lambda value: id(value) in alike,
+            get_verbose_code_parts([f"{guard.name} is treated by sparse_pass as {name} is"], guard),
             guard.user_stack,
         )
         if isinstance(source, LocalSource):

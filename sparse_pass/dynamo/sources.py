@@ -34,6 +34,7 @@ class Input:
 
     index: int
     """Its position among the inputs of the graph."""
+    source: Source
     text: str
     """Dynamo's expression for it."""
     value: object
@@ -67,7 +68,7 @@ def parameter_inputs(graph_module: GraphModule) -> Iterator[Input]:
             continue
         way = tuple(_way(source, scope, known))
         if way or "_parameters[" in text or isinstance(value, nn.Parameter):
-            yield Input(index, text, value, way)
+            yield Input(index, source, text, value, way)
 
 
 def source_text(source: Source) -> str:
