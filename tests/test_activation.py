@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import sparse_pass as sp
 from sparse_pass import reference_activation
 from sparse_pass.fqn import parse_config
-from sparse_pass.graph_pass import rewrite_graph
+from sparse_pass.one_graph import rewrite_graph
 
 ACT = sp.ActivationSparsity()
 MASKED = sp.ActivationSparsity(grad_input="masked")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,40 +21,26 @@ PACKAGE = Path(sp.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Which module may import which, from the ways in down to the leaves (DESIGN.md part 3).
+# Which folder, or module at the top, may import which: each only what stands below it.
 ALLOWED = {
-    "__init__": "backend config explain graph_pass inductor ops prune report rewrite_graph",
+    "__init__": "backend config explain graph_pass inductor one_graph ops prune report",
     "explain": "capture captured config fqn graph_pass model_names report usage",
     "backend": "capture captured config dynamo graph_pass inductor model_names report shared_graphs usage",
-    "shared_graphs": "captured model_names report rewrite_graph",
+    "shared_graphs": "captured graph model_names report",
     "inductor": "capture captured config graph_pass report",
-    "captured": "dynamo fqn rewrite_graph",
+    "captured": "dynamo fqn graph",
     "capture": "graph_pass",
     "dynamo": "config dynamo fqn model_names",
     "usage": "",
-    "graph_pass": "config fqn legal lowering report rewrite_graph",
-    "rewrite_graph": "config find fqn gemms halves legal parameters report rewrite_linear",
-    "halves": "config fqn gemms legal",
-    "rewrite_linear": "activation config editor fqn gemms gradient legal profit report rewriter",
-    "activation": "editor fusion gemms gradient input_ops ops",
-    "fusion": "gemms",
-    "input_ops": "cuda_ops ops reference reference_activation",
-    "prune": "config fqn legal model_names ops report",
-    "model_names": "config fqn legal",
-    "rewriter": "config editor gemms legal ops",
-    "gradient": "editor gemms grad_ops",
-    "editor": "gemms",
-    "profit": "config gemms kernels",
-    "legal": "config gemms kernels",
-    "parameters": "backward fqn gemms",
-    "find": "backward calls derived fqn gemms",
-    "calls": "backward derived gemms reads shares",
-    "derived": "backward gemms",
-    "shares": "gemms reads",
-    "reads": "gemms",
-    "backward": "gemms",
-    "gemms": "",
+    "graph_pass": "config fqn graph lowering one_graph plan report",
+    "one_graph": "apply config fqn graph plan report",
+    "prune": "config fqn model_names ops plan report",
+    "model_names": "config fqn plan",
+    "apply": "apply graph grad_ops input_ops ops plan",
+    "plan": "config fqn graph kernels plan",
+    "graph": "fqn graph",
     "lowering": "cuda_ops grad_ops input_ops ops reference",
+    "input_ops": "cuda_ops ops reference reference_activation",
     "grad_ops": "cuda_ops ops reference reference_mvue",
     "ops": "cuda_ops reference reference_activation",
     "reference_activation": "reference",
@@ -191,6 +178,24 @@ def test_dependencies() -> None:
 @pytest.mark.parametrize("file", FILES, ids=module_name)
 def test_files_are_short(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("folder", ["graph", "plan", "apply"])
+def test_functions_are_short(folder: str) -> None:
+    """Of at most 60 lines and 6 parameters besides ``self``."""
+    for file in (PACKAGE / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                taken = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert len([name for name in taken if name != "self"]) <= 6, f"{file.name}: {node.name}"
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{file.name}: {node.name}"
+
+
+def test_only_apply_edits() -> None:
+    """What changes a graph is called in one folder; finding and planning read it."""
+    edits = re.compile(r"\.(erase_node|replace_all_uses_with|replace_input_with|update_arg|inserting_before|prepend)\(")
+    found = {layer(module_name(file)) for file in FILES if edits.search(file.read_text())}
+    assert found == {"apply"}
 
 
 # What is public

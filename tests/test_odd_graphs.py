@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
 
 import sparse_pass as sp
-from sparse_pass.editor import Editor
+from sparse_pass.apply.editor import Editor
 
 W24 = sp.WeightSparsity()
 INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from graph_printer import capture
+from graph_printer import capture, device, trains_as
 from support import TOLERANCE, check_invariants, graph_facts, relative_error
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -14,37 +16,44 @@ from torch.fx import Graph
 from torch.utils._pytree import tree_map
 
 import sparse_pass as sp
-from sparse_pass import profit
 from sparse_pass.fqn import parse_config
 from sparse_pass.kernels import measure, probe
 from sparse_pass.kernels.problem import Problem
 from sparse_pass.kernels.timings import Timing
-from sparse_pass.legal import Limits
-from sparse_pass.rewrite_graph import rewrite_graph
+from sparse_pass.one_graph import rewrite_graph
+from sparse_pass.plan import costs as profit
+from sparse_pass.plan.costs import Costs, Measured, Preparation, Product, Times
+from sparse_pass.plan.limits import Limits
 
-Times = tuple[float, float] | None
+HOPPER = Limits(device="cuda", capability=(9, 0))
 
 
-def trained(monkeypatch: pytest.MonkeyPatch, tune: str = "auto", backend: str = "auto") -> tuple[sp.Site, torch.Tensor]:
+@dataclass(frozen=True)
+class Fixed:
+    """Microseconds, sparse and dense, of each GEMM (by M, if a mapping) and of making the operand."""
+
+    gemm: Times | Mapping[int, Times]
+    operand: Times
+
+    def product(self, product: Product) -> Times:
+        return self.gemm[product.m] if isinstance(self.gemm, Mapping) else self.gemm
+
+    def preparation(self, preparation: Preparation) -> Times:
+        return self.operand
+
+
+def trained(costs: Costs | None, backend: str = "auto") -> tuple[sp.Site, torch.Tensor]:
     """A linear on a CPU that claims to be a Hopper GPU, and the gradient of its input."""
-    limits = Limits(device="cuda", capability=(9, 0))
-    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Tanh(), nn.Linear(64, 64)).bfloat16()
     scheme: Any = sp.WeightSparsity(backend=backend)
-    compiled_by = sp.sparse_backend({"1": scheme}, model=model, inner="aot_eager", tune=tune)
+    compiled_by, reports = trains_as(HOPPER, model, {"1": scheme}, costs)
     x = torch.randn(8, 64).bfloat16().requires_grad_()
     torch.compile(model, backend=compiled_by)(x).float().square().sum().backward()
     assert x.grad is not None
-    (site,) = compiled_by.report.sites
+    ((site,),) = (report.sites for report in reports)
     return site, x.grad
-
-
-def measured(monkeypatch: pytest.MonkeyPatch, gemm: Times, preparation: Times) -> None:
-    """Microseconds, sparse and dense, of each GEMM and of making the operand."""
-    monkeypatch.setattr(profit, "_timing", lambda *_, **__: gemm)
-    monkeypatch.setattr(profit, "_preparation", lambda *_, **__: preparation)
 
 
 @pytest.mark.parametrize(
@@ -57,32 +66,29 @@ def measured(monkeypatch: pytest.MonkeyPatch, gemm: Times, preparation: Times) -
         (None, (25.0, 1.0), ""),  # M is not known
     ],
 )
-def test_decision(monkeypatch: pytest.MonkeyPatch, gemm: Times, preparation: Times, reason: str) -> None:
+def test_decision(gemm: Times, preparation: Times, reason: str) -> None:
     """Of output and grad_input together, and what S(W) costs is counted; the numbers that come out are the same."""
-    measured(monkeypatch, gemm, preparation)
-    site, gradient = trained(monkeypatch)
+    site, gradient = trained(Fixed(gemm, preparation))
     kernel = "masked_dense" if reason else "cusparselt"
     assert (site.reason, site.output, site.grad_input, site.grad_weight) == (reason, kernel, kernel, "dense")
-    assert site.status == ("masked_dense" if reason else "sparse")
-    _, expected = trained(monkeypatch, tune="off")
+    assert (site.status, site.measured) == (("masked_dense", True) if reason else ("sparse", False))
+    _, expected = trained(None)
     assert relative_error(gradient, expected) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("how", [{"tune": "off"}, {"backend": "cusparselt"}], ids=str)
-def test_nothing_is_measured_where_it_is_not_asked(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
-    measured(monkeypatch, (20.0, 10.0), (1.0, 1.0))
-    site, _ = trained(monkeypatch, **how)
+def test_kernels_that_are_asked_for_are_taken() -> None:
+    site, _ = trained(Fixed((20.0, 10.0), (1.0, 1.0)), backend="cusparselt")
     assert site.status == "sparse"
 
 
-def test_out_of_memory_while_measuring(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_while_measuring(caplog: pytest.LogCaptureFixture) -> None:
     """Training goes on with the sparse kernels, and the log says why nothing was measured."""
 
-    def fails(*_: object, **__: object) -> Times:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    class Full(Fixed):
+        def product(self, product: Product) -> Times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(profit, "_timing", fails)
-    site, _ = trained(monkeypatch)
+    site, _ = trained(Full(None, None))
     assert (site.status, site.reason) == ("sparse", "")
     assert "could not be measured (CUDA out of memory. Tried to allocate 2.00 GiB)" in caplog.text
 
@@ -115,8 +121,6 @@ class Asked:
         self.gemm: Timing | None = Timing(0, 10.0, 20.0)
         self.gemms: list[tuple[Any, ...]] = []
         self.operands: list[tuple[Any, ...]] = []
-        limits = Limits(device="cuda", capability=(9, 0))
-        monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
         monkeypatch.setattr(probe, "layout", lambda device, dtype: self.layout)
         monkeypatch.setattr(measure, "timing_of", self._timing)
         monkeypatch.setattr(measure, "preparation_of", self._preparation)
@@ -139,7 +143,8 @@ class Asked:
         x = torch.randn(13, 64, dtype=torch.bfloat16, requires_grad=True)
         self.graph = on_a_gpu(capture(model, [x], {"1": None}, dynamic=dynamic).before.graph)
         before = graph_facts(self.graph)
-        report = rewrite_graph(self.graph, parse_config({"1": scheme}), tune=tune)
+        costs = Measured() if tune == "auto" else None
+        report = rewrite_graph(self.graph, parse_config({"1": scheme}), limits=device(HOPPER), costs=costs)
         check_invariants(self.graph, before)
         return report
 

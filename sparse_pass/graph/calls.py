@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from torch.fx import Graph, Node
 
-from .backward import NOT_FOUND, by_number, gradient_outputs, with_backward
+from .backward import NOT_FOUND, Backward, by_number, gradient_outputs, with_backward
 from .derived import Derived, computing_reads, needed_by_outputs, reads_of, scales_of
-from .gemms import Linear, Use, input_of, is_flip, may_multiply, trace, weight_places
+from .gemms import Linear, Use, is_flip, may_multiply, strip_moves, weight_places
+from .inputs import input_of
 from .reads import Numbers, assign_reads, backward_reads
 from .shares import Shares
 
@@ -37,29 +38,25 @@ def complete(
         calls.setdefault(linear.weight, []).append(linear)
     if needed is not None:
         calls = {weight: _merged(several, needed) for weight, several in calls.items()}
-    numbered = by_number(graph)
+    known = Backward(backward, gradient_outputs(graph), by_number(graph))
     reads = _backward_reads(graph, backward, derived) if backward else {}
-    grad_outputs, numbers = gradient_outputs(graph), Numbers(graph, backward)
-    order = {node: place for place, node in enumerate(graph.nodes)}
+    numbers = Numbers(graph, backward)
     whole: dict[Node, Linear] = {}
     for weight, several in calls.items():
         if backward:
-            given, stray = assign_reads(reads.get(weight, ()), several, others.get(weight, ()), order, numbers)
+            given, stray = assign_reads(reads.get(weight, ()), several, others.get(weight, ()), numbers)
             several = [
-                with_backward(
-                    one, several, [*one.grad_input, *given[one.output.gemm]], stray, grad_outputs, backward, numbered
-                )
-                for one in several
+                with_backward(one, several, [*one.grad_input, *given[one.output.gemm]], stray, known) for one in several
             ]
             anew = _computed_anew(weight, several, reads, derived, numbers)
             several = [replace(one, half=_COMPUTED_ANEW if one.output.gemm in anew else "") for one in several]
         gemms = [use for one in several for use in (one.output, *one.again, *one.grad_input, *one.stray)]
-        ends = [root for use in gemms if (root := trace(use.operand)[0]) is not weight]
+        ends = [root for use in gemms if (root := strip_moves(use.operand)[0]) is not weight]
         if ends:
             ends += [factor for use in gemms for factor in scales_of(use.gemm, derived)]
-        readers = computing_reads(weight, ends, derived, numbered, later) if ends else ()
+        readers = computing_reads(weight, ends, derived, known.numbered, later) if ends else ()
         several = [_without(replace(one, readers=readers)) for one in several]
-        if grad_outputs:
+        if known.grad_outputs:
             multiplied = {use.gemm for use in (*gemms, *reads_of(weight))}
             several = _with_shares(several, multiplied, later, numbers)
         whole.update({one.output.gemm: one for one in several})
@@ -93,7 +90,7 @@ def _computed_anew(
     """The calls of a computed weight whose backward reads something else that is computed from the same tensors."""
     held = derived.holds.get(weight, frozenset()) - {weight}
     gemms = {one.output.gemm for one in calls}
-    again = {use.gemm for source in held for use in reads.get(source, ()) if trace(use.operand)[0] is not weight}
+    again = {use.gemm for source in held for use in reads.get(source, ()) if strip_moves(use.operand)[0] is not weight}
     return {call for gemm in again if may_multiply(gemm) for call in numbers.callers(gemm) if call in gemms}
 
 

@@ -7,8 +7,8 @@ several share a weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,18 +16,18 @@ from torch.fx import Graph, Node
 
 from .gemms import (
     MOVES,
-    GradWeight,
+    GradWeightGemm,
     Linear,
     Use,
     aten,
-    input_of,
     is_flip,
     is_move,
     made_by,
     packet_name,
-    trace,
+    strip_moves,
     weight_places,
 )
+from .inputs import input_of
 
 # What stands between a GEMM's gradient and the gradient output of its weight.
 _GRAD_MOVES = MOVES | frozenset(
@@ -86,14 +86,20 @@ def gradient_outputs(graph: Graph) -> dict[Any, int] | None:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """What is known of the backward of a graph."""
+
+    nodes: Set[Node]
+    """Those that need a gradient from outside."""
+    grad_outputs: Mapping[Any, int] | None
+    """As `gradient_outputs` gives them."""
+    numbered: Mapping[Any, Sequence[Node]]
+    """The calls of the graph by sequence number, in graph order."""
+
+
 def with_backward(
-    linear: Linear,
-    calls: Sequence[Linear],
-    grad_input: Sequence[Use],
-    stray: Sequence[Use],
-    grad_outputs: Mapping[Any, int] | None,
-    backward: set[Node],
-    numbered: Mapping[Any, Sequence[Node]],
+    linear: Linear, calls: Sequence[Linear], grad_input: Sequence[Use], stray: Sequence[Use], backward: Backward
 ) -> Linear:
     """Add the backward GEMMs of one call.
 
@@ -101,28 +107,27 @@ def with_backward(
         calls: all calls of its weight, in graph order.
         grad_input: the backward reads of the weight that `assign_reads` gave to this call.
         stray: those that it gave to nobody.
-        backward: the nodes that need a gradient from outside.
-        numbered: the calls of the graph by sequence number, in graph order.
     """
-    unplaced = "grad_input: a backward GEMM of the weight may belong to any of its calls"
+    unplaced = "a backward GEMM of the weight may belong to any of its calls"
     linear = replace(
         linear, grad_input=tuple(grad_input), stray=tuple(stray), unplaced_grad_input=unplaced if stray else ""
     )
+    grad_outputs = backward.grad_outputs
     if grad_outputs is None:
-        reason = "grad_weight: the graph does not describe its outputs; left as captured"
+        reason = "the graph does not describe its outputs; left as captured"
         return replace(linear, unplaced_grad_weight=reason)
     index = _position_of_gradient(linear.weight, grad_outputs)
     if index is None:
         if linear.weight.op == "call_function" and _reaches_gradient(linear.weight, grad_outputs):
-            operand = _gradient_of_computed(linear, backward, numbered)
+            operand = _gradient_of_computed(linear, backward)
             if operand is None:
                 return replace(linear, unplaced_grad_weight=_COMPUTED)
-            return replace(linear, grad_operand=operand, grad_weight=_grad_weight(operand, backward))
+            return replace(linear, grad_operand=operand, grad_weight=_grad_weight(operand, backward.nodes))
         return linear
     gradient: Node = linear.weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
     if linear.computes:
-        operand = _gradient_of_computed(linear, backward, numbered)
-        made = None if operand is None else _grad_weight(operand, backward)
+        operand = _gradient_of_computed(linear, backward)
+        made = None if operand is None else _grad_weight(operand, backward.nodes)
         reason = _COMPUTED if operand is None else ""
         return replace(linear, grad_operand=operand, grad_output=index, grad_weight=made, unplaced_grad_weight=reason)
     operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls if not one.computes}
@@ -134,11 +139,11 @@ def with_backward(
         return linear  # a call without a gradient, beside one that has it
     if operand is None:
         return replace(linear, grad_output=index, unplaced_grad_weight=NOT_FOUND)
-    return replace(linear, grad_operand=operand, grad_output=index, grad_weight=_grad_weight(operand, backward))
+    return replace(linear, grad_operand=operand, grad_output=index, grad_weight=_grad_weight(operand, backward.nodes))
 
 
-NOT_FOUND = "grad_weight: not found in the graph; left as captured"
-_COMPUTED = "grad_weight: that of a weight which the graph computes; left as captured"
+NOT_FOUND = "not found in the graph; left as captured"
+_COMPUTED = "that of a weight which the graph computes; left as captured"
 
 
 def _position_of_gradient(weight: Node, grad_outputs: Mapping[Any, int]) -> int | None:
@@ -200,24 +205,24 @@ def _reaches_gradient(computed: Node, grad_outputs: Mapping[Any, int]) -> bool:
     return False
 
 
-def _gradient_of_computed(linear: Linear, backward: set[Node], numbered: Mapping[Any, Sequence[Node]]) -> Node | None:
+def _gradient_of_computed(linear: Linear, backward: Backward) -> Node | None:
     """The product of grad_output and input in the backward of a call, of whose weight no output is the gradient.
 
     It has the number of the call, which is that of no op before it: an op under no_grad carries the number of the op
     before it, and so do the ops inside of an autograd function. Their products are not looked for.
     """
     gemm, input = linear.output.gemm, input_of(linear.output)
-    calls = numbered.get(gemm.meta.get("seq_nr"), ())
-    first = next((node for node in calls if node not in backward and not is_move(node)), None)
+    calls = backward.numbered.get(gemm.meta.get("seq_nr"), ())
+    first = next((node for node in calls if node not in backward.nodes and not is_move(node)), None)
     if input is None or first is not gemm:
         return None
-    root, _ = trace(input.node)
+    root, _ = strip_moves(input.node)
 
     def multiplies(node: Node) -> bool:
-        sources = [trace(operand)[0] for operand in node.args if isinstance(operand, Node)]
-        return root in sources and any(source in backward for source in sources)
+        sources = [strip_moves(operand)[0] for operand in node.args if isinstance(operand, Node)]
+        return root in sources and any(source in backward.nodes for source in sources)
 
-    found = [node for node in calls if node in backward and _is_product(node) and multiplies(node)]
+    found = [node for node in calls if node in backward.nodes and _is_product(node) and multiplies(node)]
     return found[0] if len(found) == 1 else None
 
 
@@ -225,11 +230,11 @@ def _is_product(node: Node) -> bool:
     return bool(weight_places(node)) or node.target is aten.mul.Tensor
 
 
-def _grad_weight(operand: Node, backward: set[Node]) -> GradWeight | None:
+def _grad_weight(operand: Node, backward: Set[Node]) -> GradWeightGemm | None:
     """The matmul that made a gradient, if it is one of something from outside and something of the forward."""
     gemm = made_by(operand)
     if gemm.target is not aten.mm.default:
         return None
     # By what they were made from: moves of the input that stand in the backward are tagged as backward too.
-    left, right = (isinstance(source, Node) and trace(source)[0] in backward for source in gemm.args)
-    return None if left == right else GradWeight(gemm, 0 if left else 1)
+    left, right = (isinstance(source, Node) and strip_moves(source)[0] in backward for source in gemm.args)
+    return None if left == right else GradWeightGemm(gemm, 0 if left else 1)

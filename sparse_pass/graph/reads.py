@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch.fx import Graph, Node
 
-from .gemms import Linear, Use, is_move, may_multiply, operands, trace, weight_places
+from .gemms import Linear, Use, is_move, may_multiply, operands, strip_moves, weight_places
 
 
 class Numbers:
@@ -38,7 +38,6 @@ def assign_reads(
     reads: Sequence[Use],
     calls: Sequence[Linear],
     others: Sequence[Use],
-    order: Mapping[Node, int],
     numbers: Numbers,
 ) -> tuple[dict[Node, list[Use]], list[Use]]:
     """Give each backward read of a weight to the one forward GEMM whose gradient it computes.
@@ -49,12 +48,11 @@ def assign_reads(
 
     Args:
         calls: the linears of the weight. others: forward GEMMs that read it and are no linears.
-        order: place of each node in the graph.
 
     Returns:
         The reads of each linear's GEMM, and the GEMMs that were left over.
     """
-    candidates = sorted([*(one.output for one in calls), *others], key=lambda use: order[use.gemm])
+    candidates = sorted([*(one.output for one in calls), *others], key=lambda use: use.gemm)
     root = calls[0].weight
     given: dict[Node, list[Use]] = {one.output.gemm: [] for one in calls}
     stray = []
@@ -91,5 +89,5 @@ def backward_reads(node: Node) -> Iterator[tuple[Use, Node]]:
         yield from ((use, root) for use, root, _ in operands(node))
     elif node.op == "call_function" and not is_move(node):
         for operand in node.all_input_nodes:
-            root, chain = trace(operand)
+            root, chain = strip_moves(operand)
             yield Use(node, operand, chain), root
