@@ -168,7 +168,9 @@ def trains_as(
             joint.recompile()
             return default_partition(joint, *args, **kwargs)
 
-        return aot_autograd(fw_compiler=lambda traced, _: make_boxed_func(traced), partition_fn=partitioned)(graph_module, inputs)
+        return aot_autograd(fw_compiler=lambda traced, _: make_boxed_func(traced), partition_fn=partitioned)(
+            graph_module, inputs
+        )
 
     return backend, reports
 
