@@ -22,7 +22,7 @@ from sparse_pass.kernels import measure, probe
 from sparse_pass.kernels.problem import Problem
 from sparse_pass.kernels.timings import Timing
 from sparse_pass.one_graph import rewrite_graph
-from sparse_pass.plan import costs as profit
+from sparse_pass.plan import costs as costs_module
 from sparse_pass.plan.costs import Costs, Measured, Preparation, Product, Times
 from sparse_pass.plan.limits import Limits
 
@@ -355,8 +355,8 @@ class InBfloat16(nn.Linear):
 
 def test_the_current_device_is_meant_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
-    assert profit._index(torch.device("cuda")) == 5
-    assert profit._index(torch.device("cuda", 0)) == 0
+    assert costs_module._index(torch.device("cuda")) == 5
+    assert costs_module._index(torch.device("cuda", 0)) == 0
 
 
 def test_compile_caches_know_what_the_device_can_do(monkeypatch: pytest.MonkeyPatch) -> None:

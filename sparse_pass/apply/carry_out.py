@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
 
@@ -16,7 +17,12 @@ def apply_plan(graph: Graph, plan: Plan, mode: FakeTensorMode) -> None:
     """Edit a graph in place. Gradients are masked first, where the captured GEMM gives them."""
     if all(linear.skipped for linear in plan.linears):
         return
-    edit = Editor(graph, mode)
+    with mode, torch.no_grad():
+        _apply(Editor(graph), plan)
+    graph.lint()
+
+
+def _apply(edit: Editor, plan: Plan) -> None:
     inputs, weights = Inputs(edit), Weights(edit)
     for linear in plan.linears:
         inputs.mask_gradients(linear.input)
@@ -29,4 +35,3 @@ def apply_plan(graph: Graph, plan: Plan, mode: FakeTensorMode) -> None:
     for linear in plan.linears:
         inputs.multiply(linear.input, linear.named.linear)
     edit.clean()
-    graph.lint()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
@@ -25,11 +24,15 @@ _OWN_META = frozenset({"val", "tensor_meta", "eager_input_vals", "desc"})
 
 
 class Editor:
-    """Inserts calls into one graph. What they replace stays until `clean`, so that a plan can go on naming it."""
+    """Inserts calls into one graph. What they replace stays until `clean`, so that a plan can go on naming it.
 
-    def __init__(self, graph: Graph, mode: FakeTensorMode) -> None:
+    For use under the fake tensor mode of the graph, and under no_grad.
+    """
+
+    def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._mode = mode
+        self._layouts: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+        """Of what operators give: shapes, strides, dtypes and devices, by what they take."""
         self._replaced: dict[Node, Node] = {}
         self._outdated: list[Node] = []
 
@@ -47,10 +50,27 @@ class Editor:
             node = self.graph.call_function(target, args, kwargs or {})
         source = before if like is None else like
         node.meta = {key: value for key, value in source.meta.items() if key not in _OWN_META}
-        values, named = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._mode, torch.no_grad():
-            node.meta["val"] = target(*values, **named)
+        node.meta["val"] = self._value(node)
         return node
+
+    def _value(self, node: Node) -> Any:
+        """The fake tensors that a call gives. Those of this package's operators are new, and of layouts known before
+        made without asking the operator, which takes most of the time of an edit."""
+        target: Any = node.target
+        values, named = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        key = (target, *(part for value in (*values, *named.items()) for part in _described(value)))
+        if getattr(target, "namespace", "") != "sparse_pass" or any(isinstance(part, torch.SymInt) for part in key):
+            return target(*values, **named)
+        if key not in self._layouts:
+            given = target(*values, **named)
+            several = given if isinstance(given, (tuple, list)) else (given,)
+            self._layouts[key] = [(one.shape, one.stride(), one.dtype, one.device) for one in several]
+            return given
+        made = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype, device in self._layouts[key]
+        ]
+        return made[0] if len(made) == 1 else tuple(made)
 
     def replace(self, node: Node, new: Node) -> None:
         """Give all that reads a node another one."""
@@ -65,9 +85,14 @@ class Editor:
         return node
 
     def feed(self, reader: Node, old: Node, new: Node) -> None:
-        """Give one call another operand."""
+        """Give one call another tensor, wherever it reads the old one."""
         reader.replace_input_with(old, new)
         self._outdated.append(old)
+
+    def feed_at(self, gemm: Node, place: int, new: Node) -> None:
+        """Give a GEMM another operand."""
+        self._outdated.append(operand_of(gemm, place))
+        gemm.update_arg(place, new)
 
     def zero(self, value_like: Node, before: Node, *, like: Node) -> Node:
         """A zero of the dtype and device of ``value_like``."""
@@ -170,6 +195,12 @@ class Editor:
         self.graph.erase_node(node)
         for source in sources:
             self._erase_dead(source)
+
+
+def _described(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, torch.Tensor):
+        return (value.dim(), *value.shape, *value.stride(), value.dtype, value.device)
+    return (value,)
 
 
 def _memory_order(value: torch.Tensor) -> list[int]:

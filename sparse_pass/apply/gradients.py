@@ -41,12 +41,11 @@ def estimate_gradients(edit: Editor, part: Part) -> None:
     for plan in part.gemms:
         gemm, place = plan.gemm.node, plan.gemm.places["grad_output"]
         estimator = ESTIMATORS[plan.prepared.structure]
-        operand = operand_of(gemm, place)
         grad_output = edit.rows_first(gemm, place)
         arguments = [grad_output, _seed(edit, gemm)] if estimator.random else [grad_output]
         if plan.packed is None:
             kept = edit.call_before(gemm, _operator(estimator.dense), tuple(arguments))
-            edit.feed(gemm, operand, edit.flipped(kept, gemm) if place == 0 else kept)
+            edit.feed_at(gemm, place, edit.flipped(kept, gemm) if place == 0 else kept)
             continue
         sums = plan.prepared.sums
         packed = edit.call_before(

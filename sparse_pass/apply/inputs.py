@@ -51,8 +51,7 @@ class Inputs:
         for plan in part.gemms:
             for read in plan.gemm.input_reads if plan.packed is None else ():
                 kept, (source, chain) = self._masked(plan.prepared), read.resolved()
-                operand = self._edit.replay(chain, source, kept, read.gemm)
-                self._edit.feed(read.gemm, operand_of(read.gemm, read.place), operand)
+                self._edit.feed_at(read.gemm, read.place, self._edit.replay(chain, source, kept, read.gemm))
 
     def multiply(self, part: Part, linear: Linear) -> None:
         """Compute the GEMMs of one call that have a sparse kernel."""

@@ -7,6 +7,7 @@ several share a weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,17 +50,21 @@ def tangent_dependent(graph: Graph) -> set[Node]:
 
     A zero gradient, such as that of ``sign``, or of anything without rows, can be a constant.
     """
+    pending = [node for node in graph.nodes if _is_of_backward(node)]
     found: set[Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            described = type(node.meta.get("desc")).__name__
-            if described.startswith("Tangent") or str(node.target).startswith("tangents"):
-                found.add(node)
-            continue
-        tagged = node.op == "call_function" and node.meta.get("partitioner_tag") == "is_backward"
-        if tagged or any(source in found for source in node.all_input_nodes):
+    while pending:
+        node = pending.pop()
+        if node not in found:
             found.add(node)
+            pending += node.users
     return found
+
+
+def _is_of_backward(node: Node) -> bool:
+    if node.op == "call_function":
+        return node.meta.get("partitioner_tag") == "is_backward"
+    tangent = type(node.meta.get("desc")).__name__.startswith("Tangent") or str(node.target).startswith("tangents")
+    return node.op == "placeholder" and tangent
 
 
 def unwrapped(descriptor: Any) -> tuple[Any, tuple[object, ...]]:
@@ -86,16 +91,24 @@ def gradient_outputs(graph: Graph) -> dict[Any, int] | None:
     }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Backward:
     """What is known of the backward of a graph."""
 
+    graph: Graph
     nodes: Set[Node]
     """Those that need a gradient from outside."""
     grad_outputs: Mapping[Any, int] | None
     """As `gradient_outputs` gives them."""
-    numbered: Mapping[Any, Sequence[Node]]
-    """The calls of the graph by sequence number, in graph order."""
+
+    @functools.cached_property
+    def numbered(self) -> Mapping[Any, Sequence[Node]]:
+        """The calls of the graph by sequence number, in graph order."""
+        numbered: dict[Any, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.meta.get("seq_nr") is not None:
+                numbered.setdefault(node.meta["seq_nr"], []).append(node)
+        return numbered
 
 
 def with_backward(
@@ -108,38 +121,35 @@ def with_backward(
         grad_input: the backward reads of the weight that `assign_reads` gave to this call.
         stray: those that it gave to nobody.
     """
-    unplaced = "a backward GEMM of the weight may belong to any of its calls"
-    linear = replace(
-        linear, grad_input=tuple(grad_input), stray=tuple(stray), unplaced_grad_input=unplaced if stray else ""
-    )
-    grad_outputs = backward.grad_outputs
-    if grad_outputs is None:
-        reason = "the graph does not describe its outputs; left as captured"
-        return replace(linear, unplaced_grad_weight=reason)
-    index = _position_of_gradient(linear.weight, grad_outputs)
-    if index is None:
-        if linear.weight.op == "call_function" and _reaches_gradient(linear.weight, grad_outputs):
-            operand = _gradient_of_computed(linear, backward)
-            if operand is None:
-                return replace(linear, unplaced_grad_weight=_COMPUTED)
-            return replace(linear, grad_operand=operand, grad_weight=_grad_weight(operand, backward.nodes))
-        return linear
-    gradient: Node = linear.weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
-    if linear.computes:
-        operand = _gradient_of_computed(linear, backward)
-        made = None if operand is None else _grad_weight(operand, backward.nodes)
-        reason = _COMPUTED if operand is None else ""
-        return replace(linear, grad_operand=operand, grad_output=index, grad_weight=made, unplaced_grad_weight=reason)
-    operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls if not one.computes}
-    # An op under no_grad carries the number of the op before it: of calls with one number the first has the gradient.
-    seq = linear.output.gemm.meta.get("seq_nr")
-    first = next(one.output.gemm for one in calls if one.output.gemm.meta.get("seq_nr") == seq)
-    operand = operands[linear.output.gemm] if first is linear.output.gemm else None
-    if operand is None and any(found is not None for found in operands.values()):
-        return linear  # a call without a gradient, beside one that has it
+    unplaced = "a backward GEMM of the weight may belong to any of its calls" if stray else ""
+    gradient = _gradient(linear, calls, backward)
+    return replace(linear, grad_input=tuple(grad_input), stray=tuple(stray), unplaced_grad_input=unplaced, **gradient)
+
+
+def _gradient(linear: Linear, calls: Sequence[Linear], backward: Backward) -> dict[str, Any]:
+    """The fields of a linear that are about the gradient of its weight; empty if the weight has none of this call."""
+    if backward.grad_outputs is None:
+        return {"unplaced_grad_weight": "the graph does not describe its outputs; left as captured"}
+    index = _position_of_gradient(linear.weight, backward.grad_outputs)
+    computed = linear.weight.op == "call_function" and _reaches_gradient(linear.weight, backward.grad_outputs)
+    if index is None and not computed:
+        return {}
+    if index is None or linear.computes:
+        operand, missing = _gradient_of_computed(linear, backward), _COMPUTED
+    else:
+        gradient: Node = linear.weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
+        operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls if not one.computes}
+        # An op under no_grad carries the number of the op before it: of calls with one number the first has the
+        # gradient.
+        seq = linear.output.gemm.meta.get("seq_nr")
+        first = next(one.output.gemm for one in calls if one.output.gemm.meta.get("seq_nr") == seq)
+        operand, missing = operands[linear.output.gemm] if first is linear.output.gemm else None, NOT_FOUND
+        if operand is None and any(found is not None for found in operands.values()):
+            return {}  # a call without a gradient, beside one that has it
     if operand is None:
-        return replace(linear, grad_output=index, unplaced_grad_weight=NOT_FOUND)
-    return replace(linear, grad_operand=operand, grad_output=index, grad_weight=_grad_weight(operand, backward.nodes))
+        return {"grad_output": index, "unplaced_grad_weight": missing}
+    made = _grad_weight(operand, backward.nodes)
+    return {"grad_output": index, "grad_operand": operand, "grad_weight": made}
 
 
 NOT_FOUND = "not found in the graph; left as captured"
@@ -181,15 +191,6 @@ def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
         if packet_name(node) in _GRAD_MOVES:
             pending += [(one, flips + is_flip(node)) for one in node.all_input_nodes]
     return None
-
-
-def by_number(graph: Graph) -> dict[Any, list[Node]]:
-    """The calls of a graph by their sequence number, in graph order."""
-    numbered: dict[Any, list[Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_function" and node.meta.get("seq_nr") is not None:
-            numbered.setdefault(node.meta["seq_nr"], []).append(node)
-    return numbered
 
 
 def _reaches_gradient(computed: Node, grad_outputs: Mapping[Any, int]) -> bool:

@@ -59,8 +59,8 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
     # Forward GEMMs that read a weight and are no linears: their backward is not the linear's.
     others: dict[Node, list[Use]] = {}
     stacks: set[bool] = set()
-    for node in graph.nodes:
-        if node not in backward and weight_places(node):
+    for node in derived.matmuls:
+        if node not in backward:
             stacks.add(bool(node.meta.get("nn_module_stack")))
             linear = _forward_linear(node, parameters, derived)
             if linear is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Iterator
@@ -154,8 +155,13 @@ _PRODUCTS = re.compile(r"mm|mv|matmul|linear|dot|einsum|attention")
 
 def may_multiply(node: Node) -> bool:
     """Whether an op is a matmul of torch by its name, or of another library, whose ops may do anything."""
-    library, _, name = str(node.target).partition(".")
-    return bool(weight_places(node)) or library not in ("aten", "prims") or bool(_PRODUCTS.search(name))
+    return bool(weight_places(node)) or _may_multiply(node.target)
+
+
+@functools.cache
+def _may_multiply(target: Any) -> bool:
+    library, _, name = str(target).partition(".")
+    return library not in ("aten", "prims") or bool(_PRODUCTS.search(name))
 
 
 def weight_place(use: Use) -> int:
@@ -182,6 +188,8 @@ def _product_and_sum(mul: Node) -> tuple[tuple[int, Layout], ...]:
     coordinate descent tuning, where bmm is ``([B, 1, K, 1] * [B, 1, K, N]).sum([2])``; mv is
     ``([N, K] * [K]).sum([1])``.
     """
+    if not all(user.target is aten.sum.dim_IntList for user in mul.users):
+        return ()
     left, right = (n.meta.get("val") if isinstance(n, Node) else None for n in mul.args)
     if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
         return ()
@@ -256,5 +264,11 @@ def made_by(gradient: Node) -> Node:
 
 
 def packet_name(node: Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
+    """The name of an op without its overload, such as ``add``; empty for what is no op."""
+    return _packet_name(node.target) if node.op == "call_function" else ""
+
+
+@functools.cache
+def _packet_name(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", None)
     return packet.__name__ if packet is not None else ""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from .gemms import Linear, Use, is_move, may_multiply, operands, strip_moves, weight_places
 
@@ -14,8 +14,8 @@ from .gemms import Linear, Use, is_move, may_multiply, operands, strip_moves, we
 class Numbers:
     """To which forward GEMM a backward one belongs, by sequence numbers."""
 
-    def __init__(self, graph: Graph, backward: set[Node]) -> None:
-        gemms = [node for node in graph.nodes if node not in backward and weight_places(node)]
+    def __init__(self, matmuls: Iterable[Node], backward: Set[Node]) -> None:
+        gemms = [node for node in matmuls if node not in backward]
         numbered = [(node.meta["seq_nr"], place, node) for place, node in enumerate(gemms) if "seq_nr" in node.meta]
         self._forward = sorted((one for one in numbered if one[0] is not None), key=lambda one: one[:2])
 
