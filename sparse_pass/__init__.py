@@ -11,10 +11,10 @@ from .config import ActivationSparsity, WeightSparsity
 from .explain import explain
 from .graph_pass import SparsePass
 from .inductor import inductor_options
+from .one_graph import rewrite
 from .ops.definitions import mask24
 from .prune import prune_
 from .report import Report, Site
-from .rewrite_graph import rewrite
 
 __all__ = [
     "ActivationSparsity",

@@ -14,7 +14,7 @@ from .dynamo.names import input_names, read_names
 from .dynamo.regions import Region, guard_region
 from .dynamo.sources import Input, is_optimizer_step, parameter_inputs
 from .fqn import Pattern
-from .rewrite_graph import Names
+from .graph.parameters import Names
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,9 +17,11 @@ from torch.fx import Graph
 
 from .config import Config, Require, Scheme, Tune
 from .fqn import choose, parse_config
-from .legal import Limits, device_limits
+from .graph.parameters import Names
+from .one_graph import is_logged, rewrite_graph
+from .plan.costs import Measured
+from .plan.limits import Limits, device_limits
 from .report import Report, merge
-from .rewrite_graph import Names, is_logged, rewrite_graph
 from .vocabulary import KERNEL_DTYPES
 
 
@@ -78,7 +80,8 @@ class SparsePass(CustomGraphPass):
             self._awaited.pop(names, None)
             if not names.ours:
                 return
-        report = rewrite_graph(graph, self.patterns, names, strict=self.strict, tune=self.tune)
+        costs = Measured() if self.tune == "auto" else None
+        report = rewrite_graph(graph, self.patterns, names, strict=self.strict, costs=costs)
         if self.require == "sparse":
             _insist(report, graph)
         self._reports.append((names, report))

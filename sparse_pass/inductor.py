@@ -15,8 +15,8 @@ from .capture import copy_graph, report_graph
 from .captured import graph_names
 from .config import Config
 from .graph_pass import SparsePass
+from .one_graph import is_logged
 from .report import Report
-from .rewrite_graph import is_logged
 
 
 class PassChain(CustomGraphPass):

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from .config import weight_scheme
 from .fqn import Pattern, choose, nearest, normalize
-from .legal import why_shape_skipped
+from .plan.legal import why_shape_skipped
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -8,9 +8,9 @@ from torch.nn.utils import parametrize
 
 from .config import Config, input_scheme, weight_scheme
 from .fqn import normalize, parse_config
-from .legal import why_shape_skipped
 from .model_names import check_names, chosen_weights
 from .ops.definitions import mask24
+from .plan.legal import why_shape_skipped
 from .report import Report, Site
 
 _REMOVALS = {

@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from .captured import Captured
+from .graph.parameters import Names
 from .model_names import names_by_identity
 from .report import Report, Site
-from .rewrite_graph import Names
 
 
 @dataclass(slots=True, eq=False)

@@ -19,14 +19,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from functorch.compile import default_partition, make_boxed_func
 from support import GraphFacts, check_invariants, graph_facts
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx import Graph, GraphModule, Node
 
 from sparse_pass.capture import copy_graph, report_graph
 from sparse_pass.captured import graph_names
 from sparse_pass.fqn import parse_config
-from sparse_pass.graph_pass import rewrite_graph
+from sparse_pass.one_graph import rewrite_graph
+from sparse_pass.plan.costs import Costs
+from sparse_pass.plan.limits import AskLimits, Limits, device_limits
 from sparse_pass.report import Report
 
 # Their lists are shapes.
@@ -114,6 +118,8 @@ def capture_all(
     config: Mapping[str, Any],
     *,
     root: nn.Module | None = None,
+    limits: AskLimits = device_limits,
+    costs: Costs | None = None,
     **compile_options: Any,
 ) -> list[Captured]:
     """Every graph that torch.compile captures from ``model``, as Inductor would show it to the pass.
@@ -126,7 +132,8 @@ def capture_all(
         def rewrite_copy(graph: Graph) -> None:
             before, after = (_copied(graph) for _ in range(2))
             facts = graph_facts(after)
-            report = rewrite_graph(after.graph, parse_config(config), graph_names(graph_module, root))
+            names = graph_names(graph_module, root)
+            report = rewrite_graph(after.graph, parse_config(config), names, limits=limits, costs=costs)
             captured.append(Captured(before, after, facts, report))
 
         report_graph(copy_graph(graph_module), rewrite_copy)  # type: ignore[arg-type]  # any callable on a graph
@@ -141,6 +148,31 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], config: Mapping[st
     """The one graph of a model."""
     (only,) = capture_all(model, inputs, config, **options)
     return only
+
+
+def device(limits: Limits) -> AskLimits:
+    """A device with these limits, whatever tensors are on."""
+    return lambda *_: limits
+
+
+def trains_as(
+    limits: Limits, model: nn.Module, config: Mapping[str, Any], costs: Costs | None = None
+) -> tuple[Callable[..., Any], list[Report]]:
+    """A backend of torch.compile for a device with these limits, whose graphs run op by op; and its reports."""
+    reports: list[Report] = []
+
+    def backend(graph_module: GraphModule, inputs: Sequence[Any]) -> Any:
+        def partitioned(joint: GraphModule, *args: Any, **kwargs: Any) -> Any:
+            names, patterns = graph_names(graph_module, model), parse_config(config)
+            reports.append(rewrite_graph(joint.graph, patterns, names, limits=device(limits), costs=costs))
+            joint.recompile()
+            return default_partition(joint, *args, **kwargs)
+
+        return aot_autograd(fw_compiler=lambda traced, _: make_boxed_func(traced), partition_fn=partitioned)(
+            graph_module, inputs
+        )
+
+    return backend, reports
 
 
 def _copied(graph: Graph) -> GraphModule:

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
 from sparse_pass.fqn import parse_config
-from sparse_pass.graph_pass import rewrite_graph
+from sparse_pass.one_graph import rewrite_graph
 from sparse_pass.ops.reference import inputs as reference_inputs
 
 ACT = sp.ActivationSparsity()

@@ -26,7 +26,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
-from sparse_pass import graph_pass, inductor, rewrite_graph
+from sparse_pass import graph_pass, inductor, one_graph
 
 # The op nodes leave Inductor no C++ to compile, so a compilation takes a second and not ten.
 SPARSE = sp.WeightSparsity(backend="cusparselt")
@@ -200,7 +200,7 @@ def test_a_warm_start_is_logged_as_a_cold_one(
     """Lines, and artifacts for tlparse, without anybody reading the report."""
     artifacts: list[str] = []
     recorded = lambda kind, metadata_fn, payload_fn, **_: artifacts.append(payload_fn())  # noqa: E731
-    monkeypatch.setattr(rewrite_graph, "trace_structured", recorded)
+    monkeypatch.setattr(one_graph, "trace_structured", recorded)
     module, told = model(), []
     for hits in (0, 1):
         compiled, _ = way(module, {"0": SPARSE})

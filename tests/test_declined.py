@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from graph_printer import Captured, capture, printed
+from graph_printer import Captured, capture, device, printed
 from torch import Tensor, nn
 from torch.fx import Graph
 
 import sparse_pass as sp
 from sparse_pass.fqn import parse_config
-from sparse_pass.legal import Limits
-from sparse_pass.rewrite_graph import Names, rewrite_graph
+from sparse_pass.graph.parameters import Names
+from sparse_pass.one_graph import rewrite_graph
+from sparse_pass.plan.limits import Limits
 
 W24 = sp.WeightSparsity()
 CPU = Limits(device="cpu")
@@ -59,6 +60,7 @@ class Declined:
             Apply(self.function, *self.weight).to(self.dtype),
             [torch.randn(*self.input, dtype=self.dtype, requires_grad=True)],
             {name: self.scheme},
+            limits=device(self.limits),
         )
 
 
@@ -104,9 +106,8 @@ MASKED_DENSE = {
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in MASKED_DENSE.items()])
-def test_masked_dense_reason(case: Declined, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_dense_reason(case: Declined) -> None:
     """No kernel: the same mathematics all the same, and the report says why."""
-    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: case.limits)
     captured = case.captured("w")
     captured.check_invariants()
     (site,) = captured.report.sites
@@ -115,9 +116,8 @@ def test_masked_dense_reason(case: Declined, monkeypatch: pytest.MonkeyPatch) ->
     assert site.reason == case.reason
 
 
-def test_nothing_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_declined() -> None:
     """The defaults of the cases above are rewritten: each case is declined for what it changes."""
-    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: SM90)
     (site,) = Declined(reason="").captured("w").report.sites
     assert (site.status, site.reason) == ("sparse", "")
     assert (site.output, site.grad_input, site.grad_weight) == ("cusparselt", "cusparselt", "dense")
@@ -183,16 +183,16 @@ def outcome(site: sp.Site) -> tuple[str | None, ...]:
     return site.fqn, site.status, site.output, site.grad_input, site.grad_weight
 
 
-def test_fake_sm90(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fake_sm90() -> None:
     """What is decided for a GPU, on a machine without one."""
     asked: list[tuple[str, torch.dtype]] = []
 
-    def limits(device: torch.device, dtype: torch.dtype) -> Limits:
-        asked.append((device.type, dtype))
+    def limits(of: torch.device, dtype: torch.dtype) -> Limits:
+        asked.append((of.type, dtype))
         return SM90
 
-    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", limits)
-    captured = capture(Mlp().to(torch.bfloat16), [torch.randn(8, 64, dtype=torch.bfloat16)], MIXED)
+    x = torch.randn(8, 64, dtype=torch.bfloat16)
+    captured = capture(Mlp().to(torch.bfloat16), [x], MIXED, limits=limits)
     captured.check_invariants()
     assert [outcome(site) for site in captured.report.sites] == [
         ("up", "sparse", "cusparselt", None, "dense"),
@@ -202,12 +202,11 @@ def test_fake_sm90(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(asked) == {("cpu", torch.bfloat16)}
 
 
-def test_fake_sm75(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fake_sm75() -> None:
     """An older GPU changes the kernels and not the graph: it is the one that a CPU gets."""
     x = torch.randn(8, 64, dtype=torch.bfloat16)
     on_cpu = capture(Mlp().to(torch.bfloat16), [x], MIXED)
-    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: SM75)
-    captured = capture(Mlp().to(torch.bfloat16), [x], MIXED)
+    captured = capture(Mlp().to(torch.bfloat16), [x], MIXED, limits=device(SM75))
     assert [outcome(site) for site in captured.report.sites] == [
         ("up", "masked_dense", "masked_dense", None, "dense"),
         ("down", "masked_dense", "masked_dense", "masked_dense", "dense"),

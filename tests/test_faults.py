@@ -8,15 +8,16 @@ import multiprocessing
 import os
 import stat
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from graph_printer import trains_as
 
 import sparse_pass as sp
 from sparse_pass.kernels import backends, cusparselt_library, probe, timings
 from sparse_pass.kernels.timings import Timing
+from sparse_pass.plan.limits import Limits
 
 TIMING = Timing(4, 10.0, 20.0)
 
@@ -304,13 +305,12 @@ def test_the_next_layout_is_tried(hopper: None, monkeypatch: pytest.MonkeyPatch)
     assert probe.backend(DEVICE, torch.bfloat16) is backends.COMPRESS
 
 
-def test_training_goes_on_masked_dense_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_masked_dense_with_the_reason() -> None:
     """Whatever the probe says; here of a CPU, whose matmuls need no GPU."""
-    limits = SimpleNamespace(device="cuda", capability=(9, 0), unavailable="libcusparseLt.so.0 was not found")
-    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
+    limits = Limits(device="cuda", capability=(9, 0), unavailable="libcusparseLt.so.0 was not found")
     torch._dynamo.reset()
     model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
-    backend = sp.sparse_backend({"0": sp.WeightSparsity()}, model=model, inner="aot_eager")
+    backend, reports = trains_as(limits, model, {"0": sp.WeightSparsity()})
     torch.compile(model, backend=backend)(torch.randn(8, 64).bfloat16()).sum().backward()
-    (site,) = backend.report.sites
+    (site,) = reports[0].sites
     assert (site.status, site.reason) == ("masked_dense", "libcusparseLt.so.0 was not found")

@@ -339,6 +339,70 @@ return linear_1, add, linear_3""",
     )
 
 
+class Probed(Up):
+    """Called under no_grad before it is called to be trained, or after."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sin()
+        trained = None if self.first else self.up(x)
+        with torch.no_grad():
+            probed = self.up(x.cos())
+        return (self.up(x) if trained is None else trained) * probed
+
+
+def test_weight_read_under_no_grad_first() -> None:
+    """S(W) is made once, for all calls, whichever comes first."""
+    assert_expected_inline(
+        rewritten(Probed(True), rows(8), {"up": SPARSE}),
+        """\
+sin = aten.sin(primals_1)
+cos = aten.cos(sin)
+sparsify = sparse_pass.sparsify(primals_2, 'optimal')  # up
+getitem = sparsify[0]  # up
+getitem_1 = sparsify[1]  # up
+linear = sparse_pass.linear(cos, getitem, None, 128)  # up
+linear_1 = sparse_pass.linear(sin, getitem, None, 128)  # up
+mul = aten.mul(linear_1, linear)
+mul_1 = aten.mul(tangents_1, linear)  # backward
+permute = aten.permute(mul_1, [1, 0])  # up, backward
+mm = aten.mm(permute, sin)  # up, backward
+permute_1 = aten.permute(mm, [1, 0])  # up, backward
+linear_2 = sparse_pass.linear(mul_1, getitem_1, None, 64)  # up, backward
+permute_2 = aten.permute(permute_1, [1, 0])  # up, backward
+cos_1 = aten.cos(primals_1)  # backward
+mul_2 = aten.mul(linear_2, cos_1)  # backward
+return mul, mul_2, permute_2""",
+    )
+
+
+def test_weight_read_under_no_grad_last() -> None:
+    assert_expected_inline(
+        rewritten(Probed(False), rows(8), {"up": SPARSE}),
+        """\
+sin = aten.sin(primals_1)
+sparsify = sparse_pass.sparsify(primals_2, 'optimal')  # up
+getitem = sparsify[0]  # up
+getitem_1 = sparsify[1]  # up
+linear = sparse_pass.linear(sin, getitem, None, 128)  # up
+cos = aten.cos(sin)
+linear_1 = sparse_pass.linear(cos, getitem, None, 128)  # up
+mul = aten.mul(linear, linear_1)
+mul_1 = aten.mul(tangents_1, linear_1)  # backward
+permute = aten.permute(mul_1, [1, 0])  # up, backward
+mm = aten.mm(permute, sin)  # up, backward
+permute_1 = aten.permute(mm, [1, 0])  # up, backward
+linear_2 = sparse_pass.linear(mul_1, getitem_1, None, 64)  # up, backward
+permute_2 = aten.permute(permute_1, [1, 0])  # up, backward
+cos_1 = aten.cos(primals_1)  # backward
+mul_2 = aten.mul(linear_2, cos_1)  # backward
+return mul, mul_2, permute_2""",
+    )
+
+
 def test_conv1d() -> None:
     assert_expected_inline(
         rewritten(Gpt2Mlp(), rows(2, 8), {"c_fc": W24}),

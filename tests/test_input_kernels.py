@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from graph_printer import Captured, capture
+from graph_printer import Captured, capture, device
 from support import TOLERANCE, compare_inputs, fresh_compile, relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
 from sparse_pass import vocabulary
-from sparse_pass.legal import Limits
 from sparse_pass.ops.reference import inputs as reference_inputs
 from sparse_pass.ops.reference import weights as reference
+from sparse_pass.plan.limits import Limits
 
 ACT = sp.ActivationSparsity(backend="cusparselt")
 W24 = sp.WeightSparsity(backend="cusparselt")
@@ -298,9 +298,9 @@ def compare(model: nn.Module, config: Mapping[str, Any], *batches: Tensor, **opt
     return compare_inputs(model, config, *batches, **options)
 
 
-def captured(model: nn.Module, x: Tensor, config: Mapping[str, Any]) -> Captured:
+def captured(model: nn.Module, x: Tensor, config: Mapping[str, Any], **device: Any) -> Captured:
     """With Inductor's decompositions."""
-    found = capture(model.to(x.dtype), [x], config)
+    found = capture(model.to(x.dtype), [x], config, **device)
     found.check_invariants()
     return found
 
@@ -738,10 +738,9 @@ class By(nn.Module):
         ),
     ],
 )  # fmt: skip
-def test_devices(scheme: Any, limits: Limits, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices(scheme: Any, limits: Limits, reason: str) -> None:
     """What is computed does not depend on the device."""
-    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
-    found = captured(Up(), leaf(8, 64), {"up": scheme})
+    found = captured(Up(), leaf(8, 64), {"up": scheme}, limits=device(limits))
     (site,) = found.report.sites
     kernel = "masked_dense" if reason else "cusparselt" if limits is HOPPER else "reference"
     assert (site.reason, site.output, site.grad_weight) == (reason, kernel, kernel)

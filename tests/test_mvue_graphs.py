@@ -14,16 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from graph_printer import capture, printed
+from graph_printer import capture, device, printed
 from support import TOLERANCE, OwnLinear, decay_of, errors, fresh_compile, invariants_checked, relative_error, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
 from sparse_pass.fqn import parse_config
-from sparse_pass.graph_pass import rewrite_graph
-from sparse_pass.legal import Limits
+from sparse_pass.one_graph import rewrite_graph
 from sparse_pass.ops.reference import gradients as reference_gradients
+from sparse_pass.plan.limits import Limits
 
 MVUE = sp.WeightSparsity(grad_weight="mvue")
 KERNELS = sp.WeightSparsity(grad_weight="mvue", backend="cusparselt")
@@ -621,12 +621,10 @@ def test_what_the_kernels_do_not_take(model: nn.Module, x: Tensor, kernels: str,
         (Limits(device="cpu"), replace(MVUE, backend="masked_dense"), "masked_dense", "backend='masked_dense' was"),
     ],
 )  # fmt: skip
-def test_reasons(
-    limits: Limits, scheme: sp.WeightSparsity, kernel: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reasons(limits: Limits, scheme: sp.WeightSparsity, kernel: str, reason: str) -> None:
     """What is computed does not depend on the device: without kernels mvue24, with the reason, which is said once."""
-    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
-    captured = capture(Up().bfloat16(), [leaf(8, 64, dtype=torch.bfloat16)], {"up": scheme})
+    x = leaf(8, 64, dtype=torch.bfloat16)
+    captured = capture(Up().bfloat16(), [x], {"up": scheme}, limits=device(limits))
     captured.check_invariants()
     (site,) = captured.report.sites
     assert (site.output, site.grad_weight) == (kernel, kernel)

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
 
 import sparse_pass as sp
-from sparse_pass.editor import Editor
+from sparse_pass.apply.editor import Editor
 
 W24 = sp.WeightSparsity()
 INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
@@ -197,7 +197,7 @@ def laid_out(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     with mode:
         of.meta["val"] = torch.empty_strided(values.shape, values.stride())
         mask.meta["val"] = torch.empty(values.shape, dtype=torch.bool)
-    made = Editor(graph, mode).laid_out(mask, of, graph.output(mask), like=of)
+        made = Editor(graph).laid_out(mask, of, graph.output(mask), like=of)
     return mask.meta["val"], made.meta["val"], made is mask
 
 

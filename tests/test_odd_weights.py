@@ -18,8 +18,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import sparse_pass as sp
 from sparse_pass.fqn import parse_config
-from sparse_pass.legal import Limits, device_limits
-from sparse_pass.rewrite_graph import rewrite_graph
+from sparse_pass.one_graph import rewrite_graph
+from sparse_pass.plan.limits import Limits, device_limits
 
 W24 = sp.WeightSparsity()
 KERNELS = sp.WeightSparsity(backend="cusparselt")

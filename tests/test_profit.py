@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from graph_printer import capture
+from expecttest import assert_expected_inline
+from graph_printer import Captured, capture, device, trains_as
 from support import TOLERANCE, check_invariants, graph_facts, relative_error
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -14,37 +17,44 @@ from torch.fx import Graph
 from torch.utils._pytree import tree_map
 
 import sparse_pass as sp
-from sparse_pass import profit
 from sparse_pass.fqn import parse_config
 from sparse_pass.kernels import backends, measure, probe
 from sparse_pass.kernels.problem import Problem
 from sparse_pass.kernels.timings import Timing
-from sparse_pass.legal import Limits
-from sparse_pass.rewrite_graph import rewrite_graph
+from sparse_pass.one_graph import rewrite_graph
+from sparse_pass.plan import costs as costs_module
+from sparse_pass.plan.costs import Costs, Measured, Preparation, Product, Times
+from sparse_pass.plan.limits import Limits
 
-Times = tuple[float, float] | None
+HOPPER = Limits(device="cuda", capability=(9, 0))
 
 
-def trained(monkeypatch: pytest.MonkeyPatch, tune: str = "auto", backend: str = "auto") -> tuple[sp.Site, torch.Tensor]:
+@dataclass(frozen=True)
+class Fixed:
+    """Microseconds, sparse and dense, of each GEMM (by M, if a mapping) and of making the operand."""
+
+    gemm: Times | Mapping[int, Times]
+    operand: Times
+
+    def product(self, product: Product) -> Times:
+        return self.gemm[product.m] if isinstance(self.gemm, Mapping) else self.gemm
+
+    def preparation(self, preparation: Preparation) -> Times:
+        return self.operand
+
+
+def trained(costs: Costs | None, backend: str = "auto") -> tuple[sp.Site, torch.Tensor]:
     """A linear on a CPU that claims to be a Hopper GPU, and the gradient of its input."""
-    limits = Limits(device="cuda", capability=(9, 0))
-    monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Tanh(), nn.Linear(64, 64)).bfloat16()
     scheme: Any = sp.WeightSparsity(backend=backend)
-    compiled_by = sp.sparse_backend({"1": scheme}, model=model, inner="aot_eager", tune=tune)
+    compiled_by, reports = trains_as(HOPPER, model, {"1": scheme}, costs)
     x = torch.randn(8, 64).bfloat16().requires_grad_()
     torch.compile(model, backend=compiled_by)(x).float().square().sum().backward()
     assert x.grad is not None
-    (site,) = compiled_by.report.sites
+    ((site,),) = (report.sites for report in reports)
     return site, x.grad
-
-
-def measured(monkeypatch: pytest.MonkeyPatch, gemm: Times, preparation: Times) -> None:
-    """Microseconds, sparse and dense, of each GEMM and of making the operand."""
-    monkeypatch.setattr(profit, "_timing", lambda *_, **__: gemm)
-    monkeypatch.setattr(profit, "_preparation", lambda *_, **__: preparation)
 
 
 @pytest.mark.parametrize(
@@ -57,34 +67,121 @@ def measured(monkeypatch: pytest.MonkeyPatch, gemm: Times, preparation: Times) -
         (None, (25.0, 1.0), ""),  # M is not known
     ],
 )
-def test_decision(monkeypatch: pytest.MonkeyPatch, gemm: Times, preparation: Times, reason: str) -> None:
+def test_decision(gemm: Times, preparation: Times, reason: str) -> None:
     """Of output and grad_input together, and what S(W) costs is counted; the numbers that come out are the same."""
-    measured(monkeypatch, gemm, preparation)
-    site, gradient = trained(monkeypatch)
+    site, gradient = trained(Fixed(gemm, preparation))
     kernel = "masked_dense" if reason else "cusparselt"
     assert (site.reason, site.output, site.grad_input, site.grad_weight) == (reason, kernel, kernel, "dense")
-    assert site.status == ("masked_dense" if reason else "sparse")
-    _, expected = trained(monkeypatch, tune="off")
+    assert (site.status, site.measured) == (("masked_dense", True) if reason else ("sparse", False))
+    _, expected = trained(None)
     assert relative_error(gradient, expected) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("how", [{"tune": "off"}, {"backend": "cusparselt"}], ids=str)
-def test_nothing_is_measured_where_it_is_not_asked(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
-    measured(monkeypatch, (20.0, 10.0), (1.0, 1.0))
-    site, _ = trained(monkeypatch, **how)
+def test_kernels_that_are_asked_for_are_taken() -> None:
+    site, _ = trained(Fixed((20.0, 10.0), (1.0, 1.0)), backend="cusparselt")
     assert site.status == "sparse"
 
 
-def test_out_of_memory_while_measuring(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_while_measuring(caplog: pytest.LogCaptureFixture) -> None:
     """Training goes on with the sparse kernels, and the log says why nothing was measured."""
 
-    def fails(*_: object, **__: object) -> Times:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    class Full(Fixed):
+        def product(self, product: Product) -> Times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(profit, "_timing", fails)
-    site, _ = trained(monkeypatch)
+    site, _ = trained(Full(None, None))
     assert (site.status, site.reason) == ("sparse", "")
     assert "could not be measured (CUDA out of memory. Tried to allocate 2.00 GiB)" in caplog.text
+
+
+class Two(nn.Module):
+    """One weight, with 8 rows and with 128."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64, bias=False)
+
+    def forward(self, few: Tensor, many: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc(few.sin()), self.fc(many.sin())
+
+
+def of_two(costs: Costs) -> tuple[Captured, list[sp.Site]]:
+    inputs = [torch.randn(m, 64, dtype=torch.bfloat16, requires_grad=True) for m in (8, 128)]
+    captured = capture(Two().bfloat16(), inputs, {"fc": sp.WeightSparsity()}, limits=device(HOPPER), costs=costs)
+    captured.check_invariants()
+    return captured, list(captured.report.sites)
+
+
+def test_one_verdict_of_a_weight() -> None:
+    """The times of all its GEMMs count together. Alone, the call with few rows would be dense."""
+    captured, sites = of_two(Fixed({8: (20.0, 10.0), 128: (10.0, 30.0)}, (1.0, 1.0)))
+    assert [(site.status, site.reason, site.output, site.grad_input) for site in sites] == [
+        ("sparse", "", "cusparselt", "cusparselt")
+    ] * 2
+    assert_expected_inline(
+        captured.text,
+        """\
+sin = aten.sin(primals_1)
+sparsify = sparse_pass.sparsify(primals_2, 'optimal')  # fc
+getitem = sparsify[0]  # fc
+getitem_1 = sparsify[1]  # fc
+linear = sparse_pass.linear(sin, getitem, None, 64)  # fc
+sin_1 = aten.sin(primals_3)
+linear_1 = sparse_pass.linear(sin_1, getitem, None, 64)  # fc
+permute = aten.permute(tangents_2, [1, 0])  # fc, backward
+mm = aten.mm(permute, sin_1)  # fc, backward
+permute_1 = aten.permute(mm, [1, 0])  # fc, backward
+linear_2 = sparse_pass.linear(tangents_2, getitem_1, None, 64)  # fc, backward
+permute_2 = aten.permute(permute_1, [1, 0])  # fc, backward
+cos = aten.cos(primals_3)  # backward
+mul = aten.mul(linear_2, cos)  # backward
+permute_3 = aten.permute(tangents_1, [1, 0])  # fc, backward
+mm_1 = aten.mm(permute_3, sin)  # fc, backward
+permute_4 = aten.permute(mm_1, [1, 0])  # fc, backward
+linear_3 = sparse_pass.linear(tangents_1, getitem_1, None, 64)  # fc, backward
+permute_5 = aten.permute(permute_4, [1, 0])  # fc, backward
+add = aten.add(permute_2, permute_5)  # backward
+cos_1 = aten.cos(primals_1)  # backward
+mul_1 = aten.mul(linear_3, cos_1)  # backward
+return linear, linear_1, mul_1, add, mul""",
+    )
+
+
+def test_one_verdict_of_a_weight_that_loses() -> None:
+    captured, sites = of_two(Fixed({8: (40.0, 10.0), 128: (10.0, 20.0)}, (1.0, 1.0)))
+    reason = "measured slower: 101 us with 2:4 kernels, 61 us with a dense masked weight"
+    assert [(site.status, site.reason, site.measured) for site in sites] == [("masked_dense", reason, True)] * 2
+    assert_expected_inline(
+        captured.text,
+        """\
+sin = aten.sin(primals_1)
+mask24 = sparse_pass.mask24(primals_2, 'optimal')  # fc
+full = aten.full(0)  # fc
+where = aten.where(mask24, primals_2, full)  # fc
+permute = aten.permute(where, [1, 0])  # fc
+mm = aten.mm(sin, permute)  # fc
+sin_1 = aten.sin(primals_3)
+permute_1 = aten.permute(where, [1, 0])  # fc
+mm_1 = aten.mm(sin_1, permute_1)  # fc
+permute_2 = aten.permute(tangents_2, [1, 0])  # fc, backward
+mm_2 = aten.mm(permute_2, sin_1)  # fc, backward
+permute_3 = aten.permute(mm_2, [1, 0])  # fc, backward
+permute_4 = aten.permute(permute_1, [1, 0])  # fc, backward
+mm_3 = aten.mm(tangents_2, permute_4)  # fc, backward
+permute_5 = aten.permute(permute_3, [1, 0])  # fc, backward
+cos = aten.cos(primals_3)  # backward
+mul = aten.mul(mm_3, cos)  # backward
+permute_6 = aten.permute(tangents_1, [1, 0])  # fc, backward
+mm_4 = aten.mm(permute_6, sin)  # fc, backward
+permute_7 = aten.permute(mm_4, [1, 0])  # fc, backward
+permute_8 = aten.permute(permute, [1, 0])  # fc, backward
+mm_5 = aten.mm(tangents_1, permute_8)  # fc, backward
+permute_9 = aten.permute(permute_7, [1, 0])  # fc, backward
+add = aten.add(permute_5, permute_9)  # backward
+cos_1 = aten.cos(primals_1)  # backward
+mul_1 = aten.mul(mm_5, cos_1)  # backward
+return mm, mm_1, mul_1, add, mul""",
+    )
 
 
 # What is asked of a GPU: of a graph whose tensors are said to be on one
@@ -115,8 +212,6 @@ class Asked:
         self.gemm: Timing | None = Timing(0, 10.0, 20.0)
         self.gemms: list[tuple[Any, ...]] = []
         self.operands: list[tuple[Any, ...]] = []
-        limits = Limits(device="cuda", capability=(9, 0))
-        monkeypatch.setattr("sparse_pass.rewrite_linear.device_limits", lambda device, dtype: limits)
         monkeypatch.setattr(probe, "backend", lambda device, dtype: self.backend)
         monkeypatch.setattr(measure, "timing_of", self._timing)
         monkeypatch.setattr(measure, "preparation_of", self._preparation)
@@ -139,7 +234,8 @@ class Asked:
         x = torch.randn(13, 64, dtype=torch.bfloat16, requires_grad=True)
         self.graph = on_a_gpu(capture(model, [x], {"1": None}, dynamic=dynamic).before.graph)
         before = graph_facts(self.graph)
-        report = rewrite_graph(self.graph, parse_config({"1": scheme}), tune=tune)
+        costs = Measured() if tune == "auto" else None
+        report = rewrite_graph(self.graph, parse_config({"1": scheme}), limits=device(HOPPER), costs=costs)
         check_invariants(self.graph, before)
         return report
 
@@ -259,8 +355,8 @@ class InBfloat16(nn.Linear):
 
 def test_the_current_device_is_meant_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
-    assert profit._index(torch.device("cuda")) == 5
-    assert profit._index(torch.device("cuda", 0)) == 0
+    assert costs_module._index(torch.device("cuda")) == 5
+    assert costs_module._index(torch.device("cuda", 0)) == 0
 
 
 def test_compile_caches_know_what_the_device_can_do(monkeypatch: pytest.MonkeyPatch) -> None:

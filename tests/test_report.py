@@ -13,7 +13,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 import sparse_pass as sp
-from sparse_pass import rewrite_graph as rewrite_module
+from sparse_pass import one_graph
 from sparse_pass.report import merge
 
 W24 = sp.WeightSparsity()
@@ -317,7 +317,7 @@ def test_trace_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
     def recording(kind: str, metadata_fn: Callable[[], Any], payload_fn: Callable[[], str], **rest: Any) -> None:
         artifacts.append((kind, metadata_fn(), payload_fn()))
 
-    monkeypatch.setattr(rewrite_module, "trace_structured", recording)
+    monkeypatch.setattr(one_graph, "trace_structured", recording)
     backend = sp.sparse_backend(CONFIG, inner="aot_eager")
     torch.compile(Mlp(), backend=backend)(batch())
     assert artifacts == [

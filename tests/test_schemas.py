@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
-
 import sparse_pass.rewrite_graph  # noqa: F401  (registers the operators)
+import torch
 
 SCHEMAS = {
     "grad_weight": "(Tensor packed, Tensor input, SymInt out_features, *, bool tuned=False) -> Tensor",

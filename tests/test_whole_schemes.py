@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 import sparse_pass as sp
 from sparse_pass.fqn import parse_config
-from sparse_pass.rewrite_graph import Names, rewrite_graph
+from sparse_pass.graph.parameters import Names
+from sparse_pass.one_graph import rewrite_graph
 
 W24 = sp.WeightSparsity()
 COMPUTES = "the GEMM reads what the graph computes from the weight"

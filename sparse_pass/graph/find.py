@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Graph, Node
 
+from ..fqn import AllNames, from_source
 from .backward import tangent_dependent
 from .calls import complete
 from .derived import Derived, derive
-from .fqn import AllNames, from_source
-from .gemms import Linear, Use, aten, operands, trace, weight_places
+from .gemms import Linear, Use, aten, operands, strip_moves, weight_places
+from .inputs import input_of
+from .parameters import multiplying_readers, other_readers
+
+
+@dataclass(frozen=True, slots=True)
+class OtherWeight:
+    """A parameter of two dims or more of which no matmul was found, but other ops that read it."""
+
+    node: Node
+    names: tuple[str, ...]
+    """The name of the module whose ``weight`` it is comes first."""
+    readers: tuple[str, ...]
+    """Ops that read it, as they are spelt in the graph."""
+    as_input: tuple[str, ...]
+    """Names of the linears whose input it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What `find_linears` learned: the linears, and whether there were matmuls without any module name."""
+    """What there is in a graph."""
 
     linears: tuple[Linear, ...]
+    """Each call of one, in graph order."""
+    others: tuple[OtherWeight, ...]
     nameless: bool
+    """Whether there are matmuls, and none carries the name of a module."""
 
 
 def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Found:
@@ -40,8 +59,8 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
     # Forward GEMMs that read a weight and are no linears: their backward is not the linear's.
     others: dict[Node, list[Use]] = {}
     stacks: set[bool] = set()
-    for node in graph.nodes:
-        if node not in backward and weight_places(node):
+    for node in derived.matmuls:
+        if node not in backward:
             stacks.add(bool(node.meta.get("nn_module_stack")))
             linear = _forward_linear(node, parameters, derived)
             if linear is not None:
@@ -51,7 +70,34 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
                     for weight in {root, *derived.holds.get(root, ())}:
                         others.setdefault(weight, []).append(use)
     forward = complete(graph, forward, others, backward, derived)
-    return Found(_tell_apart(forward, parameters), stacks == {False})
+    linears = _tell_apart(forward, parameters)
+    return Found(linears, tuple(_other_weights(parameters, linears, backward)), stacks == {False})
+
+
+def _other_weights(
+    parameters: Mapping[Node, tuple[str, ...]], linears: Sequence[Linear], backward: Set[Node]
+) -> Iterator[OtherWeight]:
+    """Weights that the graph reads, but by no matmul that could be found: fused ops, products, branches.
+
+    Of more than two dims those of matmuls, as of the experts of a grouped one, and not the kernels of convolutions.
+    """
+    found = {linear.weight for linear in linears}
+    named = {name for linear in linears for name in linear.names}
+    for node, names in parameters.items():
+        value = node.meta.get("val")
+        if node in found or not isinstance(value, torch.Tensor) or value.dim() < 2 or not named.isdisjoint(names):
+            continue
+        readers = other_readers(node, backward) if value.dim() == 2 else multiplying_readers(node)
+        if readers:
+            owners = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+            as_input = [linear.names[0] for linear in linears if _is_input(node, linear)]
+            known = tuple(dict.fromkeys([*owners, *names]))
+            yield OtherWeight(node, known, tuple(readers), tuple(dict.fromkeys(as_input)))
+
+
+def _is_input(node: Node, linear: Linear) -> bool:
+    input = input_of(linear.output)
+    return input is not None and strip_moves(input.node)[0] is node
 
 
 def _tell_apart(linears: list[Linear], parameters: Mapping[Node, tuple[str, ...]]) -> tuple[Linear, ...]:
@@ -105,9 +151,9 @@ def _forward_linear(gemm: Node, parameters: Mapping[Node, tuple[str, ...]], deri
             continue
         if not names:
             continue
-        if trace(use.operand)[0] in derived.masked:
+        if strip_moves(use.operand)[0] in derived.masked:
             return None
-        sources = [trace(other)[0] for other in gemm.args if isinstance(other, Node)]
+        sources = [strip_moves(other)[0] for other in gemm.args if isinstance(other, Node)]
         if sum(weight in {source, *derived.holds.get(source, ())} for source in sources) > 1:
             return None  # a weight times itself, as in a regularizer, is no linear
         value = use.operand.meta["val"]

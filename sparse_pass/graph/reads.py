@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from .gemms import Linear, Use, is_move, may_multiply, operands, trace, weight_places
+from .gemms import Linear, Use, is_move, may_multiply, operands, strip_moves, weight_places
 
 
 class Numbers:
     """To which forward GEMM a backward one belongs, by sequence numbers."""
 
-    def __init__(self, graph: Graph, backward: set[Node]) -> None:
-        gemms = [node for node in graph.nodes if node not in backward and weight_places(node)]
+    def __init__(self, matmuls: Iterable[Node], backward: Set[Node]) -> None:
+        gemms = [node for node in matmuls if node not in backward]
         numbered = [(node.meta["seq_nr"], place, node) for place, node in enumerate(gemms) if "seq_nr" in node.meta]
         self._forward = sorted((one for one in numbered if one[0] is not None), key=lambda one: one[:2])
 
@@ -38,7 +38,6 @@ def assign_reads(
     reads: Sequence[Use],
     calls: Sequence[Linear],
     others: Sequence[Use],
-    order: Mapping[Node, int],
     numbers: Numbers,
 ) -> tuple[dict[Node, list[Use]], list[Use]]:
     """Give each backward read of a weight to the one forward GEMM whose gradient it computes.
@@ -49,12 +48,11 @@ def assign_reads(
 
     Args:
         calls: the linears of the weight. others: forward GEMMs that read it and are no linears.
-        order: place of each node in the graph.
 
     Returns:
         The reads of each linear's GEMM, and the GEMMs that were left over.
     """
-    candidates = sorted([*(one.output for one in calls), *others], key=lambda use: order[use.gemm])
+    candidates = sorted([*(one.output for one in calls), *others], key=lambda use: use.gemm)
     root = calls[0].weight
     given: dict[Node, list[Use]] = {one.output.gemm: [] for one in calls}
     stray = []
@@ -91,5 +89,5 @@ def backward_reads(node: Node) -> Iterator[tuple[Use, Node]]:
         yield from ((use, root) for use, root, _ in operands(node))
     elif node.op == "call_function" and not is_move(node):
         for operand in node.all_input_nodes:
-            root, chain = trace(operand)
+            root, chain = strip_moves(operand)
             yield Use(node, operand, chain), root

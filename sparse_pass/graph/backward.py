@@ -7,8 +7,9 @@ several share a weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import functools
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,18 +17,18 @@ from torch.fx import Graph, Node
 
 from .gemms import (
     MOVES,
-    GradWeight,
+    GradWeightGemm,
     Linear,
     Use,
     aten,
-    input_of,
     is_flip,
     is_move,
     made_by,
     packet_name,
-    trace,
+    strip_moves,
     weight_places,
 )
+from .inputs import input_of
 
 # What stands between a GEMM's gradient and the gradient output of its weight.
 _GRAD_MOVES = MOVES | frozenset(
@@ -49,17 +50,21 @@ def tangent_dependent(graph: Graph) -> set[Node]:
 
     A zero gradient, such as that of ``sign``, or of anything without rows, can be a constant.
     """
+    pending = [node for node in graph.nodes if _is_of_backward(node)]
     found: set[Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            described = type(node.meta.get("desc")).__name__
-            if described.startswith("Tangent") or str(node.target).startswith("tangents"):
-                found.add(node)
-            continue
-        tagged = node.op == "call_function" and node.meta.get("partitioner_tag") == "is_backward"
-        if tagged or any(source in found for source in node.all_input_nodes):
+    while pending:
+        node = pending.pop()
+        if node not in found:
             found.add(node)
+            pending += node.users
     return found
+
+
+def _is_of_backward(node: Node) -> bool:
+    if node.op == "call_function":
+        return node.meta.get("partitioner_tag") == "is_backward"
+    tangent = type(node.meta.get("desc")).__name__.startswith("Tangent") or str(node.target).startswith("tangents")
+    return node.op == "placeholder" and tangent
 
 
 def unwrapped(descriptor: Any) -> tuple[Any, tuple[object, ...]]:
@@ -86,14 +91,28 @@ def gradient_outputs(graph: Graph) -> dict[Any, int] | None:
     }
 
 
+@dataclass(frozen=True)
+class Backward:
+    """What is known of the backward of a graph."""
+
+    graph: Graph
+    nodes: Set[Node]
+    """Those that need a gradient from outside."""
+    grad_outputs: Mapping[Any, int] | None
+    """As `gradient_outputs` gives them."""
+
+    @functools.cached_property
+    def numbered(self) -> Mapping[Any, Sequence[Node]]:
+        """The calls of the graph by sequence number, in graph order."""
+        numbered: dict[Any, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.meta.get("seq_nr") is not None:
+                numbered.setdefault(node.meta["seq_nr"], []).append(node)
+        return numbered
+
+
 def with_backward(
-    linear: Linear,
-    calls: Sequence[Linear],
-    grad_input: Sequence[Use],
-    stray: Sequence[Use],
-    grad_outputs: Mapping[Any, int] | None,
-    backward: set[Node],
-    numbered: Mapping[Any, Sequence[Node]],
+    linear: Linear, calls: Sequence[Linear], grad_input: Sequence[Use], stray: Sequence[Use], backward: Backward
 ) -> Linear:
     """Add the backward GEMMs of one call.
 
@@ -101,44 +120,40 @@ def with_backward(
         calls: all calls of its weight, in graph order.
         grad_input: the backward reads of the weight that `assign_reads` gave to this call.
         stray: those that it gave to nobody.
-        backward: the nodes that need a gradient from outside.
-        numbered: the calls of the graph by sequence number, in graph order.
     """
-    unplaced = "grad_input: a backward GEMM of the weight may belong to any of its calls"
-    linear = replace(
-        linear, grad_input=tuple(grad_input), stray=tuple(stray), unplaced_grad_input=unplaced if stray else ""
-    )
-    if grad_outputs is None:
-        reason = "grad_weight: the graph does not describe its outputs; left as captured"
-        return replace(linear, unplaced_grad_weight=reason)
-    index = _position_of_gradient(linear.weight, grad_outputs)
-    if index is None:
-        if linear.weight.op == "call_function" and _reaches_gradient(linear.weight, grad_outputs):
-            operand = _gradient_of_computed(linear, backward, numbered)
-            if operand is None:
-                return replace(linear, unplaced_grad_weight=_COMPUTED)
-            return replace(linear, grad_operand=operand, grad_weight=_grad_weight(operand, backward))
-        return linear
-    gradient: Node = linear.weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
-    if linear.computes:
-        operand = _gradient_of_computed(linear, backward, numbered)
-        made = None if operand is None else _grad_weight(operand, backward)
-        reason = _COMPUTED if operand is None else ""
-        return replace(linear, grad_operand=operand, grad_output=index, grad_weight=made, unplaced_grad_weight=reason)
-    operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls if not one.computes}
-    # An op under no_grad carries the number of the op before it: of calls with one number the first has the gradient.
-    seq = linear.output.gemm.meta.get("seq_nr")
-    first = next(one.output.gemm for one in calls if one.output.gemm.meta.get("seq_nr") == seq)
-    operand = operands[linear.output.gemm] if first is linear.output.gemm else None
-    if operand is None and any(found is not None for found in operands.values()):
-        return linear  # a call without a gradient, beside one that has it
+    unplaced = "a backward GEMM of the weight may belong to any of its calls" if stray else ""
+    gradient = _gradient(linear, calls, backward)
+    return replace(linear, grad_input=tuple(grad_input), stray=tuple(stray), unplaced_grad_input=unplaced, **gradient)
+
+
+def _gradient(linear: Linear, calls: Sequence[Linear], backward: Backward) -> dict[str, Any]:
+    """The fields of a linear that are about the gradient of its weight; empty if the weight has none of this call."""
+    if backward.grad_outputs is None:
+        return {"unplaced_grad_weight": "the graph does not describe its outputs; left as captured"}
+    index = _position_of_gradient(linear.weight, backward.grad_outputs)
+    computed = linear.weight.op == "call_function" and _reaches_gradient(linear.weight, backward.grad_outputs)
+    if index is None and not computed:
+        return {}
+    if index is None or linear.computes:
+        operand, missing = _gradient_of_computed(linear, backward), _COMPUTED
+    else:
+        gradient: Node = linear.weight.graph.output_node().args[0][index]  # type: ignore[index,assignment]
+        operands = {one.output.gemm: _gradient_of_operand(gradient, one) for one in calls if not one.computes}
+        # An op under no_grad carries the number of the op before it: of calls with one number the first has the
+        # gradient.
+        seq = linear.output.gemm.meta.get("seq_nr")
+        first = next(one.output.gemm for one in calls if one.output.gemm.meta.get("seq_nr") == seq)
+        operand, missing = operands[linear.output.gemm] if first is linear.output.gemm else None, NOT_FOUND
+        if operand is None and any(found is not None for found in operands.values()):
+            return {}  # a call without a gradient, beside one that has it
     if operand is None:
-        return replace(linear, grad_output=index, unplaced_grad_weight=NOT_FOUND)
-    return replace(linear, grad_operand=operand, grad_output=index, grad_weight=_grad_weight(operand, backward))
+        return {"grad_output": index, "unplaced_grad_weight": missing}
+    made = _grad_weight(operand, backward.nodes)
+    return {"grad_output": index, "grad_operand": operand, "grad_weight": made}
 
 
-NOT_FOUND = "grad_weight: not found in the graph; left as captured"
-_COMPUTED = "grad_weight: that of a weight which the graph computes; left as captured"
+NOT_FOUND = "not found in the graph; left as captured"
+_COMPUTED = "that of a weight which the graph computes; left as captured"
 
 
 def _position_of_gradient(weight: Node, grad_outputs: Mapping[Any, int]) -> int | None:
@@ -178,15 +193,6 @@ def _gradient_of_operand(gradient: Node, linear: Linear) -> Node | None:
     return None
 
 
-def by_number(graph: Graph) -> dict[Any, list[Node]]:
-    """The calls of a graph by their sequence number, in graph order."""
-    numbered: dict[Any, list[Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_function" and node.meta.get("seq_nr") is not None:
-            numbered.setdefault(node.meta["seq_nr"], []).append(node)
-    return numbered
-
-
 def _reaches_gradient(computed: Node, grad_outputs: Mapping[Any, int]) -> bool:
     """Whether something that a weight is computed from has a gradient."""
     pending, seen = [computed], set()
@@ -200,24 +206,24 @@ def _reaches_gradient(computed: Node, grad_outputs: Mapping[Any, int]) -> bool:
     return False
 
 
-def _gradient_of_computed(linear: Linear, backward: set[Node], numbered: Mapping[Any, Sequence[Node]]) -> Node | None:
+def _gradient_of_computed(linear: Linear, backward: Backward) -> Node | None:
     """The product of grad_output and input in the backward of a call, of whose weight no output is the gradient.
 
     It has the number of the call, which is that of no op before it: an op under no_grad carries the number of the op
     before it, and so do the ops inside of an autograd function. Their products are not looked for.
     """
     gemm, input = linear.output.gemm, input_of(linear.output)
-    calls = numbered.get(gemm.meta.get("seq_nr"), ())
-    first = next((node for node in calls if node not in backward and not is_move(node)), None)
+    calls = backward.numbered.get(gemm.meta.get("seq_nr"), ())
+    first = next((node for node in calls if node not in backward.nodes and not is_move(node)), None)
     if input is None or first is not gemm:
         return None
-    root, _ = trace(input.node)
+    root, _ = strip_moves(input.node)
 
     def multiplies(node: Node) -> bool:
-        sources = [trace(operand)[0] for operand in node.args if isinstance(operand, Node)]
-        return root in sources and any(source in backward for source in sources)
+        sources = [strip_moves(operand)[0] for operand in node.args if isinstance(operand, Node)]
+        return root in sources and any(source in backward.nodes for source in sources)
 
-    found = [node for node in calls if node in backward and _is_product(node) and multiplies(node)]
+    found = [node for node in calls if node in backward.nodes and _is_product(node) and multiplies(node)]
     return found[0] if len(found) == 1 else None
 
 
@@ -225,11 +231,11 @@ def _is_product(node: Node) -> bool:
     return bool(weight_places(node)) or node.target is aten.mul.Tensor
 
 
-def _grad_weight(operand: Node, backward: set[Node]) -> GradWeight | None:
+def _grad_weight(operand: Node, backward: Set[Node]) -> GradWeightGemm | None:
     """The matmul that made a gradient, if it is one of something from outside and something of the forward."""
     gemm = made_by(operand)
     if gemm.target is not aten.mm.default:
         return None
     # By what they were made from: moves of the input that stand in the backward are tagged as backward too.
-    left, right = (isinstance(source, Node) and trace(source)[0] in backward for source in gemm.args)
-    return None if left == right else GradWeight(gemm, 0 if left else 1)
+    left, right = (isinstance(source, Node) and strip_moves(source)[0] in backward for source in gemm.args)
+    return None if left == right else GradWeightGemm(gemm, 0 if left else 1)

@@ -1,18 +1,20 @@
-"""The edits that every rewrite of a graph is made of: new calls with the right metadata, in the right place."""
+"""The edits that a plan is carried out by: new calls with the right metadata, in the right place."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from .gemms import aten, is_flip, is_move
+from ..graph.gemms import aten, is_flip, operand_of
+from ..ops import definitions as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
+
+sparse_ops = torch.ops.sparse_pass
 
 # Values of one node, not of what replaces it; all other metadata (module stack, seq_nr, partitioner and
 # recompute tags) must come along, or the partitioner and checkpointing misplace the new node.
@@ -20,23 +22,17 @@ _OWN_META = frozenset({"val", "tensor_meta", "eager_input_vals", "desc"})
 
 
 class Editor:
-    """Inserts calls into one graph; what several linears share is made once."""
+    """Inserts calls into one graph. What they replace stays until `clean`, so that a plan can go on naming it.
 
-    def __init__(self, graph: Graph, mode: FakeTensorMode) -> None:
+    For use under the fake tensor mode of the graph, and under no_grad.
+    """
+
+    def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.order = {node: place for place, node in enumerate(graph.nodes)}
-        """Places in the graph as it was captured."""
-        self.made: dict[Any, Node] = {}
-        """What was made once, by what it is."""
-        self.outdated: list[Node] = []
-        """Nodes of the captured graph that may have lost their users."""
-        self._mode = mode
-
-    def once(self, key: Any, make: Callable[[], Node]) -> Node:
-        """The node of this key, made if there is none yet."""
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
+        self._layouts: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+        """Of what operators give: shapes, strides, dtypes and devices, by what they take."""
+        self._replaced: dict[Node, Node] = {}
+        self._outdated: list[Node] = []
 
     def call_before(
         self,
@@ -52,14 +48,49 @@ class Editor:
             node = self.graph.call_function(target, args, kwargs or {})
         source = before if like is None else like
         node.meta = {key: value for key, value in source.meta.items() if key not in _OWN_META}
-        values, named = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._mode, torch.no_grad():
-            node.meta["val"] = target(*values, **named)
+        node.meta["val"] = self._value(node)
         return node
 
-    def is_after(self, node: Node, other: Node) -> bool:
-        """Whether a node of the captured graph stands after another one."""
-        return self.order.get(node, -1) > self.order[other]
+    def _value(self, node: Node) -> Any:
+        """The fake tensors that a call gives. Those of this package's operators are new, and of layouts known before
+        made without asking the operator, which takes most of the time of an edit."""
+        target: Any = node.target
+        values, named = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        key = (target, *(part for value in (*values, *named.items()) for part in _described(value)))
+        if getattr(target, "namespace", "") != "sparse_pass" or any(isinstance(part, torch.SymInt) for part in key):
+            return target(*values, **named)
+        if key not in self._layouts:
+            given = target(*values, **named)
+            several = given if isinstance(given, (tuple, list)) else (given,)
+            self._layouts[key] = [(one.shape, one.stride(), one.dtype, one.device) for one in several]
+            return given
+        made = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype, device in self._layouts[key]
+        ]
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def replace(self, node: Node, new: Node) -> None:
+        """Give all that reads a node another one."""
+        node.replace_all_uses_with(new)
+        self._replaced[node] = new
+        self._outdated.append(node)
+
+    def current(self, node: Node) -> Node:
+        """A node of the captured graph, or what has replaced it."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
+
+    def feed(self, reader: Node, old: Node, new: Node) -> None:
+        """Give one call another tensor, wherever it reads the old one."""
+        reader.replace_input_with(old, new)
+        self._outdated.append(old)
+
+    def feed_at(self, gemm: Node, place: int, new: Node) -> None:
+        """Give a GEMM another operand."""
+        self._outdated.append(operand_of(gemm, place))
+        gemm.update_arg(place, new)
 
     def zero(self, value_like: Node, before: Node, *, like: Node) -> Node:
         """A zero of the dtype and device of ``value_like``."""
@@ -74,9 +105,8 @@ class Editor:
 
     def flipped(self, matrix: Node, before: Node) -> Node:
         """The transpose of a matrix; of one that is a transpose itself, what it was made from."""
-        source = matrix.args[0] if is_flip(matrix) else None
-        if isinstance(source, Node):
-            return source
+        if is_flip(matrix):
+            return operand_of(matrix, 0)
         return self.call_before(before, aten.permute.default, (matrix, [1, 0]))
 
     def replay(self, chain: Sequence[Node], old: Node, new: Node, before: Node) -> Node:
@@ -135,29 +165,40 @@ class Editor:
             ]
             features = rows.meta["val"].shape[-1]
             rows = self.call_before(gemm, aten.reshape.default, (rows, [*leading, features]))
-        gemm.replace_all_uses_with(rows)
-        self.graph.erase_node(gemm)
+        self.replace(gemm, rows)
 
-    def erase_dead(self, node: Node) -> None:
-        """Erase a call that nothing reads any more, and what that leaves unread in turn."""
+    def rows_first(self, gemm: Node, place: int) -> Node:
+        """The grad_output [M, N] of a GEMM of grad_weight. As its first operand it reads the transpose."""
+        operand = operand_of(gemm, place)
+        return self.flipped(operand, gemm) if place == 0 else operand
+
+    def finish_grad_weight(self, gemm: Node, result: Node, *, turned: bool) -> None:
+        """Put a product [N, K] in the place of a GEMM of grad_weight; ``turned``: of one that gives [K, N]."""
+        if turned:
+            # In the memory order of the GEMM that it replaces: what reads it was captured with that.
+            result = self.call_before(gemm, aten.permute.default, (result, [1, 0]))
+            contiguous = {"memory_format": torch.contiguous_format}
+            result = self.call_before(gemm, aten.clone.default, (result,), contiguous)
+        self.replace(gemm, result)
+
+    def clean(self) -> None:
+        """Erase what was replaced, and all that led to it alone."""
+        for node in reversed(self._outdated):
+            self._erase_dead(node)
+
+    def _erase_dead(self, node: Node) -> None:
         if node.op != "call_function" or node.users or node._erased:
             return
         sources = node.all_input_nodes
         self.graph.erase_node(node)
         for source in sources:
-            self.erase_dead(source)
+            self._erase_dead(source)
 
-    def erase_unused(self, node: object) -> None:
-        """Erase a call that nothing reads any more, and the moves that led to it alone."""
-        while isinstance(node, Node) and is_move(node) and not node.users:
-            source = node.args[0]
-            self.graph.erase_node(node)
-            node = source
 
-    def clean(self) -> None:
-        """Erase what the rewrites left without users, of what is outdated and of what was made once, all its calls."""
-        for node in reversed(list(dict.fromkeys([*self.outdated, *self.made.values()]))):
-            self.erase_dead(node)
+def _described(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, torch.Tensor):
+        return (value.dim(), *value.shape, *value.stride(), value.dtype, value.device)
+    return (value,)
 
 
 def _memory_order(value: torch.Tensor) -> list[int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch.fx import Node
@@ -14,7 +15,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 
-Layout = Literal["kn", "nk"]
+Layout: TypeAlias = Literal["kn", "nk"]
+GemmName: TypeAlias = Literal["output", "grad_input", "grad_weight"]
+Role: TypeAlias = Literal["input", "weight", "grad_output"]
+"""The operands of the three GEMMs of a linear; each reads two of them."""
 
 # Position of the operand that may hold the weight, and its layout as the op reads it: `kn` as in
 # mm(input, weight.T), `nk` as in linear(input, weight) or in mv(weight, input).
@@ -86,7 +90,7 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class GradWeight:
+class GradWeightGemm:
     """The GEMM of grad_weight: ``mm(grad_output.T, input)``, or its transpose ``mm(input.T, grad_output)``."""
 
     gemm: Node
@@ -111,7 +115,7 @@ class Linear:
     GEMM gives it."""
     grad_output: int | None = None
     """Position of the weight's gradient among the outputs of the graph; None for that of a computed weight."""
-    grad_weight: GradWeight | None = None
+    grad_weight: GradWeightGemm | None = None
     """What made ``grad_operand``, where it is one matmul."""
     unplaced_grad_input: str = ""
     """Why ``grad_input`` may lack a GEMM of the backward; empty if all were found."""
@@ -151,48 +155,23 @@ _PRODUCTS = re.compile(r"mm|mv|matmul|linear|dot|einsum|attention")
 
 def may_multiply(node: Node) -> bool:
     """Whether an op is a matmul of torch by its name, or of another library, whose ops may do anything."""
-    library, _, name = str(node.target).partition(".")
-    return bool(weight_places(node)) or library not in ("aten", "prims") or bool(_PRODUCTS.search(name))
+    return bool(weight_places(node)) or _may_multiply(node.target)
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """The input of a forward GEMM: operand number ``place``, which ``chain`` made from ``node``."""
-
-    node: Node
-    place: int
-    chain: tuple[Node, ...]
-    k_last: bool
-    """Whether K is the last dim of ``node``; it is the last but one if not."""
+@functools.cache
+def _may_multiply(target: Any) -> bool:
+    library, _, name = str(target).partition(".")
+    return library not in ("aten", "prims") or bool(_PRODUCTS.search(name))
 
 
-def input_of(use: Use) -> Input | None:
-    """The input of the GEMM that reads a weight, as the graph has it now."""
-    gemm = use.gemm
-    place = next(at for at, _ in weight_places(gemm) if gemm.args[at] is use.operand)
-    first = gemm.target in (aten.addmm.default, aten.baddbmm.default, aten.addmv.default)  # the bias
-    other = (3 if first else 1) - place
-    operand = gemm.args[other]
-    if not isinstance(operand, Node):
-        return None
-    product = gemm.target is aten.mul.Tensor
-    right = not product and place > other
-    if right or operand.meta["val"].dim() == 1:
-        narrow = _narrow(operand) if product else None
-        return Input(narrow or operand, other, (operand,) if narrow else (), True)
-    # Of a product and a sum, what became a column is the input.
-    source = operand.args[0] if product and is_move(operand) else None
-    if isinstance(source, Node) and source.meta["val"].shape[-1] == operand.meta["val"].shape[-2]:
-        return Input(source, other, (operand,), True)
-    return Input(operand, other, (), False)
+def weight_place(use: Use) -> int:
+    """Which operand of a GEMM is the weight."""
+    return next(at for at, _ in weight_places(use.gemm) if use.gemm.args[at] is use.operand)
 
 
-def _narrow(node: Node) -> Node | None:
-    """The 16-bit tensor that a node is in float32, or None: the gradient of the weight reads that, and not the cast."""
-    source = node.args[0] if is_move(node) else None
-    if not isinstance(source, Node) or node.meta["val"].dtype != torch.float32:
-        return None
-    return source if source.meta["val"].dtype in (torch.float16, torch.bfloat16) else None
+def operand_of(gemm: Node, place: int) -> Node:
+    """The tensor that a GEMM reads there, as the graph has it now."""
+    return cast(Node, gemm.args[place])
 
 
 def bias_of(gemm: Node) -> object:
@@ -209,6 +188,8 @@ def _product_and_sum(mul: Node) -> tuple[tuple[int, Layout], ...]:
     coordinate descent tuning, where bmm is ``([B, 1, K, 1] * [B, 1, K, N]).sum([2])``; mv is
     ``([N, K] * [K]).sum([1])``.
     """
+    if not all(user.target is aten.sum.dim_IntList for user in mul.users):
+        return ()
     left, right = (n.meta.get("val") if isinstance(n, Node) else None for n in mul.args)
     if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
         return ()
@@ -233,7 +214,7 @@ def operands(gemm: Node) -> Iterator[tuple[Use, Node, Layout]]:
     for position, layout in weight_places(gemm):
         operand = gemm.args[position]
         if isinstance(operand, Node):
-            root, chain = trace(operand)
+            root, chain = strip_moves(operand)
             yield Use(gemm, operand, chain), root, layout
 
 
@@ -250,7 +231,16 @@ def is_flip(node: Node) -> bool:
     return places in ([], [1, 0]) or (places == [0, 1] and node.target is aten.transpose.int)
 
 
-def trace(operand: Node) -> tuple[Node, tuple[Node, ...]]:
+def reads_rows(use: Use) -> bool:
+    """Whether the GEMM contracts over the columns of the stored weight, as ``linear(input, weight)`` does.
+
+    Then it takes S(W) packed, otherwise its transpose. For mm, addmm and linear with the weight on the right.
+    """
+    transposed = sum(is_flip(node) for node in use.chain) % 2 == 1
+    return not transposed if use.gemm.target is aten.linear.default else transposed
+
+
+def strip_moves(operand: Node) -> tuple[Node, tuple[Node, ...]]:
     """The node that ``operand`` was made from by moves alone, and the moves in order."""
     chain: list[Node] = []
     node = operand
@@ -267,12 +257,18 @@ def trace(operand: Node) -> tuple[Node, tuple[Node, ...]]:
 
 def made_by(gradient: Node) -> Node:
     """The op that a gradient came from, before it was moved and scaled by a number."""
-    node, _ = trace(gradient)
+    node, _ = strip_moves(gradient)
     while packet_name(node) == "mul" and isinstance(node.args[0], Node) and not isinstance(node.args[1], Node):
-        node, _ = trace(node.args[0])
+        node, _ = strip_moves(node.args[0])
     return node
 
 
 def packet_name(node: Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
+    """The name of an op without its overload, such as ``add``; empty for what is no op."""
+    return _packet_name(node.target) if node.op == "call_function" else ""
+
+
+@functools.cache
+def _packet_name(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", None)
     return packet.__name__ if packet is not None else ""

@@ -32,7 +32,7 @@ _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.d
 
 
 @dataclass(frozen=True, slots=True)
-class Activation:
+class ActivationFunction:
     """``node`` is the function ``name`` of ``source``, and of ``gate`` if it has one."""
 
     name: str
@@ -41,7 +41,7 @@ class Activation:
     gate: Node | None
 
 
-def activation_of(input: Node, readers: frozenset[Node]) -> Activation | None:
+def activation_of(input: Node, readers: frozenset[Node]) -> ActivationFunction | None:
     """The function that made the input of a linear, if nothing but ``readers`` reads its result, or views of it."""
     node, made = input, {input}
     while node.target in _VIEWS and isinstance(node.args[0], Node):
@@ -57,7 +57,7 @@ def activation_of(input: Node, readers: frozenset[Node]) -> Activation | None:
             if isinstance(result, Node) and _same(result, node, bound):
                 source, gate, *_ = [*(bound[one] for one in pattern.nodes if one.op == "placeholder"), None]
                 if source is not None and _shaped(source, node) and (gate is None or _shaped(gate, node)):
-                    return Activation(name, node, source, gate)
+                    return ActivationFunction(name, node, source, gate)
     return None
 
 

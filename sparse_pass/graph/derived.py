@@ -38,6 +38,8 @@ class Derived:
     tensors of two dims that could be weights."""
     masked: frozenset[Node]
     """What is computed from a weight that an earlier pass has masked."""
+    matmuls: Mapping[Node, None]
+    """The matmuls themselves, in graph order: those of the forward and of the backward."""
 
 
 def derive(graph: Graph, backward: Collection[Node]) -> Derived:
@@ -49,21 +51,24 @@ def derive(graph: Graph, backward: Collection[Node]) -> Derived:
     sources: dict[Node, frozenset[Node]] = {}
     holds: dict[Node, frozenset[Node]] = {}
     masked: set[Node] = set()
+    matmuls: dict[Node, None] = {}
     nothing: frozenset[Node] = frozenset()
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             if node not in backward:
                 sources[node] = frozenset([node])
                 holds[node] = frozenset([node]) if _could_be_weight(node.meta.get("val")) else nothing
-        elif node.op == "call_function" and not weight_places(node):
+        elif weight_places(node):
+            matmuls[node] = None
+        elif node.op == "call_function":
             inputs = node.all_input_nodes
-            if all(one in sources for one in inputs):
+            if not inputs or (inputs[0] in sources and all(one in sources for one in inputs)):
                 sources[node] = nothing.union(*(sources[one] for one in inputs))
                 if str(node.target).startswith("sparse_pass.") or not masked.isdisjoint(inputs):
                     masked.add(node)
                 held = nothing.union(*(holds[one] for one in inputs))
                 holds[node] = held if held and (is_move(node) or _keeps_elements(node)) else nothing
-    return Derived(sources, holds, frozenset(masked))
+    return Derived(sources, holds, frozenset(masked), matmuls)
 
 
 def _could_be_weight(value: Any) -> bool:

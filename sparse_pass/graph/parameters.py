@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .backward import tangent_dependent, unwrapped
-from .fqn import normalize
+from ..fqn import normalize
+from .backward import unwrapped
 from .gemms import is_move, may_multiply
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Names:
+    """Parameter names by position of the graph input, from the graph that Dynamo captured."""
+
+    by_input: Mapping[int, tuple[str, ...]]
+    by_attribute: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of parameters that are attributes of the graph, not inputs."""
+    read: frozenset[str] = frozenset()
+    """Names of the parameters that the graph does more with than look up rows."""
+    eager_backward: frozenset[str] = frozenset()
+    """Names of the parameters that are in the hands of an autograd.Function whose backward runs eagerly."""
+    of_model: bool = True
+    """False where the parameters are those of a copy of the model that names are names in."""
+    with_gradients: bool = True
+    """Whether gradients were enabled when the graph was captured."""
+    ours: bool = True
+    """False for the step of an optimizer, whose parameters are not multiplied by anything."""
+    last_graph: bool = True
+    """False where a graph break follows: what is not named here may be named in the next graph."""
+    checked: bool = False
+    """Whether the config was checked against the model: then an absent layer is no surprise."""
 
 
 def parameter_nodes(
@@ -56,13 +80,13 @@ def has_backward(graph: Graph) -> bool:
     )
 
 
-def other_readers(graph: Graph, parameter: Node) -> list[str]:
+def other_readers(parameter: Node, backward: Set[Node]) -> list[str]:
     """Forward ops that read a parameter, directly or through moves: why a named weight may have no linear.
 
     Looking up rows, as of an embedding that a linear shares, is not counted, nor are regions that are compiled by
     themselves: those come to the pass as graphs of their own.
     """
-    backward, pending, readers = tangent_dependent(graph), [parameter], []
+    pending, readers = [parameter], []
     while pending:
         node = pending.pop()
         for user in node.users:

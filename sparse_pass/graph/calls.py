@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import replace
 
 from torch.fx import Graph, Node
 
-from .backward import NOT_FOUND, by_number, gradient_outputs, with_backward
+from .backward import NOT_FOUND, Backward, gradient_outputs, with_backward
 from .derived import Derived, computing_reads, needed_by_outputs, reads_of, scales_of
-from .gemms import Linear, Use, input_of, is_flip, may_multiply, trace, weight_places
+from .gemms import Linear, Use, is_flip, may_multiply, strip_moves
+from .inputs import input_of
 from .reads import Numbers, assign_reads, backward_reads
 from .shares import Shares
 
@@ -37,54 +38,53 @@ def complete(
         calls.setdefault(linear.weight, []).append(linear)
     if needed is not None:
         calls = {weight: _merged(several, needed) for weight, several in calls.items()}
-    numbered = by_number(graph)
-    reads = _backward_reads(graph, backward, derived) if backward else {}
-    grad_outputs, numbers = gradient_outputs(graph), Numbers(graph, backward)
-    order = {node: place for place, node in enumerate(graph.nodes)}
+    known = Backward(graph, backward, gradient_outputs(graph))
+    reads = _backward_reads(calls, backward, derived)
+    numbers = Numbers(derived.matmuls, backward)
     whole: dict[Node, Linear] = {}
     for weight, several in calls.items():
         if backward:
-            given, stray = assign_reads(reads.get(weight, ()), several, others.get(weight, ()), order, numbers)
+            given, stray = assign_reads(reads.get(weight, ()), several, others.get(weight, ()), numbers)
             several = [
-                with_backward(
-                    one, several, [*one.grad_input, *given[one.output.gemm]], stray, grad_outputs, backward, numbered
-                )
-                for one in several
+                with_backward(one, several, [*one.grad_input, *given[one.output.gemm]], stray, known) for one in several
             ]
             anew = _computed_anew(weight, several, reads, derived, numbers)
-            several = [replace(one, half=_COMPUTED_ANEW if one.output.gemm in anew else "") for one in several]
+            several = [replace(one, half=_COMPUTED_ANEW) if one.output.gemm in anew else one for one in several]
         gemms = [use for one in several for use in (one.output, *one.again, *one.grad_input, *one.stray)]
-        ends = [root for use in gemms if (root := trace(use.operand)[0]) is not weight]
+        ends = [root for use in gemms if (root := strip_moves(use.operand)[0]) is not weight]
         if ends:
             ends += [factor for use in gemms for factor in scales_of(use.gemm, derived)]
-        readers = computing_reads(weight, ends, derived, numbered, later) if ends else ()
-        several = [_without(replace(one, readers=readers)) for one in several]
-        if grad_outputs:
+            readers = computing_reads(weight, ends, derived, known.numbered, later)
+            several = [_with_readers(one, readers) for one in several]
+        if known.grad_outputs:
             multiplied = {use.gemm for use in (*gemms, *reads_of(weight))}
             several = _with_shares(several, multiplied, later, numbers)
         whole.update({one.output.gemm: one for one in several})
     return [whole[one.output.gemm] for one in linears if one.output.gemm in whole]
 
 
-def _backward_reads(graph: Graph, backward: Collection[Node], derived: Derived) -> dict[Node, list[Use]]:
+def _backward_reads(weights: Collection[Node], backward: Set[Node], derived: Derived) -> dict[Node, list[Use]]:
     """What in the backward reads a weight, or what is computed from it, by the weight."""
+    readers = backward
+    if all(weight in derived.sources for weight in weights):  # none is made by a matmul, as with a LoRA product
+        readers = {user for node in derived.sources for user in node.users if user in backward}
     reads: dict[Node, list[Use]] = {}
-    for node in graph.nodes:
-        if node in backward:
-            if not weight_places(node) and node in derived.sources:
-                continue  # computes something for a GEMM, or a zero gradient
-            for use, root in backward_reads(node):
-                reads.setdefault(root, []).append(use)
-                held = derived.holds.get(root, frozenset()) - {root}
-                for weight in held if held and may_multiply(node) else ():
-                    reads.setdefault(weight, []).append(use)
+    for node in sorted(readers):
+        if node not in derived.matmuls and node in derived.sources:
+            continue  # computes something for a GEMM, or a zero gradient
+        for use, root in backward_reads(node):
+            reads.setdefault(root, []).append(use)
+            held = derived.holds.get(root, frozenset()) - {root}
+            for weight in held if held and may_multiply(node) else ():
+                reads.setdefault(weight, []).append(use)
     return reads
 
 
-def _without(linear: Linear) -> Linear:
+def _with_readers(linear: Linear, readers: Sequence[Use]) -> Linear:
     """Not twice: what computes something from the weight is no GEMM of its backward."""
-    readers = {use.gemm for use in linear.readers}
-    return replace(linear, grad_input=tuple(use for use in linear.grad_input if use.gemm not in readers))
+    computing = {use.gemm for use in readers}
+    grad_input = tuple(use for use in linear.grad_input if use.gemm not in computing)
+    return replace(linear, readers=tuple(readers), grad_input=grad_input)
 
 
 def _computed_anew(
@@ -93,7 +93,7 @@ def _computed_anew(
     """The calls of a computed weight whose backward reads something else that is computed from the same tensors."""
     held = derived.holds.get(weight, frozenset()) - {weight}
     gemms = {one.output.gemm for one in calls}
-    again = {use.gemm for source in held for use in reads.get(source, ()) if trace(use.operand)[0] is not weight}
+    again = {use.gemm for source in held for use in reads.get(source, ()) if strip_moves(use.operand)[0] is not weight}
     return {call for gemm in again if may_multiply(gemm) for call in numbers.callers(gemm) if call in gemms}
 
 
@@ -161,4 +161,4 @@ def _with_shares(
     all_placed = len(placed) == len(shares.products) and not any(
         one.computes or one.unplaced_grad_weight for one in calls
     )
-    return [replace(one, whole_gradient=shares.whole and not all_placed) for one in calls]
+    return [replace(one, whole_gradient=True) for one in calls] if shares.whole and not all_placed else calls

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from .config import Scheme, input_scheme, weight_scheme
-from .fqn import Pattern
-from .gemms import Linear
+from ..config import Scheme, input_scheme, weight_scheme
+from ..graph.gemms import Linear
 from .legal import why_skipped
+from .values import Named
 
 EAGER_BACKWARD = (
     "its autograd.Function is not traced by Dynamo: forward is compiled alone and backward runs eagerly, with the dense"
@@ -21,9 +21,7 @@ _BOTH = "the graph computes something from the weight, for output and for grad_i
 _AGAIN = "the backward computes the output anew, from the dense input"
 
 
-def without_halves(
-    linears: Sequence[Linear], chosen: Sequence[tuple[Linear, Pattern]], eager_backward: Collection[str]
-) -> list[tuple[Linear, Pattern]]:
+def without_halves(linears: Sequence[Linear], chosen: Sequence[Named], eager_backward: Collection[str]) -> list[Named]:
     """The chosen calls, each with the reason if its scheme could not be kept in all of it.
 
     Backward GEMMs that may belong to any call of a weight are given to the last one, where all have the same scheme.
@@ -32,16 +30,15 @@ def without_halves(
         linears: all of the graph.
         eager_backward: names of the parameters whose backward is in no graph.
     """
-    schemes: dict[Node, Scheme] = {}  # by the forward GEMM of the call
-    for linear, pattern in chosen:
-        assert pattern.scheme is not None
-        if why_skipped(linear, pattern.scheme) is None:
-            schemes[linear.output.gemm] = pattern.scheme
+    schemes = {  # by the forward GEMM of the call
+        one.linear.output.gemm: one.scheme for one in chosen if why_skipped(one.linear, one.scheme) is None
+    }
     calls: dict[Node, list[Linear]] = {}
     for linear in linears:
         calls.setdefault(linear.weight, []).append(linear)
     whole = []
-    for linear, pattern in chosen:
+    for named in chosen:
+        linear = named.linear
         several = calls[linear.weight]
         scheme = schemes.get(linear.output.gemm)
         alike = all(schemes.get(one.output.gemm) == scheme for one in several)
@@ -51,17 +48,13 @@ def without_halves(
         elif scheme is not None:
             half = _why_half(linear, scheme, alike)
         given = linear.stray if alike and linear is several[-1] else ()
-        whole.append(
-            (
-                replace(
-                    linear,
-                    half=half,
-                    grad_input=(*linear.grad_input, *given),
-                    whole_gradient=linear.whole_gradient and alike,
-                ),
-                pattern,
-            )
+        changed = replace(
+            linear,
+            half=half,
+            grad_input=(*linear.grad_input, *given),
+            whole_gradient=linear.whole_gradient and alike,
         )
+        whole.append(replace(named, linear=changed))
     return whole
 
 

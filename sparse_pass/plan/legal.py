@@ -1,19 +1,20 @@
 """What may be rewritten, and how: rules that return a reason or None.
 
-Legal is one question (`why_skipped`), having a kernel for it another (`why_not_sparse`). The limits of
-a device are plain data, so that every rule can be tested on a machine without a GPU.
+Legal is one question (`why_skipped`), having a kernel for it another (`why_not_sparse`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.fx import Node
 
-from .config import ActivationSparsity, Scheme, WeightSparsity, input_scheme, weight_scheme
-from .gemms import Linear, Use, aten, input_of, is_flip, made_by
-from .vocabulary import GRAD_TILE, KERNEL_DTYPES, KERNEL_TILE, MIN_CAPABILITY, TILE
+from ..config import ActivationSparsity, Scheme, WeightSparsity, input_scheme, weight_scheme
+from ..graph.gemms import GradWeightGemm, Linear, Use, aten, is_flip, made_by
+from ..graph.inputs import Input, input_of
+from ..vocabulary import GRAD_TILE, KERNEL_DTYPES, KERNEL_TILE, MIN_CAPABILITY, TILE
+from .limits import Limits
+from .table import Estimator
+from .values import Reason
 
 _KEEPS = frozenset(
     {
@@ -26,32 +27,6 @@ _KEEPS = frozenset(
         torch.ops.prims.convert_element_type.default,
     }
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What a device can do."""
-
-    device: str
-    """Device type: ``"cuda"``, ``"cpu"``, ..."""
-    capability: tuple[int, int] | None = None
-    """CUDA compute capability; None for other devices."""
-    unavailable: str = ""
-    """Why the sparse kernels cannot be used there although the capability would do; empty if they can."""
-
-
-def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Ask the device. The first call for a CUDA device verifies the kernels on a small matrix."""
-    if device.type != "cuda":
-        return Limits(device=device.type)
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is not None:
-        return Limits(device="cuda", capability=capability, unavailable="ROCm has no cuSPARSELt kernels")
-    if capability < MIN_CAPABILITY or dtype not in KERNEL_DTYPES:
-        return Limits(device="cuda", capability=capability)
-    from .kernels.probe import availability
-
-    return Limits(device="cuda", capability=capability, unavailable=availability(device, dtype))
 
 
 def why_skipped(linear: Linear, scheme: Scheme) -> str | None:
@@ -103,65 +78,60 @@ def why_shape_skipped(shape: torch.Size) -> str | None:
 
 def why_not_sparse(use: Use, weight: Node, scheme: WeightSparsity, limits: Limits) -> str | None:
     """Why one GEMM gets no sparse kernel. It is computed with the masked weight all the same."""
+    if not use.reads(weight):
+        return "the GEMM reads what the graph computes from the weight"
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
     return _why_no_device(scheme, limits) or _why_no_call(use) or _why_no_kernel(use, weight)
 
 
-def why_dense_gradient(linear: Linear) -> str | None:
+def why_dense_gradient(linear: Linear) -> Reason | None:
     """Why grad_weight cannot be computed from a 2:4 grad_output at all, on any device."""
     if linear.grad_weight is not None:
         return None
     if linear.grad_operand is None:
-        return linear.unplaced_grad_weight
+        return Reason("grad_weight", linear.unplaced_grad_weight)
     source = made_by(linear.grad_operand)
-    return f"grad_weight: the graph has it as {source.target}, not as one matmul of grad_output and input; left dense"
+    text = f"the graph has it as {source.target}, not as one matmul of grad_output and input; left dense"
+    return Reason("grad_weight", text)
 
 
-def why_not_sparse_gradient(linear: Linear, scheme: WeightSparsity, limits: Limits) -> str | None:
+def why_not_sparse_gradient(
+    grad_weight: GradWeightGemm, scheme: WeightSparsity, estimator: Estimator, limits: Limits
+) -> str | None:
     """Why the GEMM of a 2:4 grad_output gets no sparse kernel. It is computed with the same numbers, dense."""
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
-    no_device = _why_no_device(scheme, limits)
-    if no_device is not None:
-        return no_device
-    assert linear.grad_weight is not None
-    dtype = linear.grad_weight.gemm.meta["val"].dtype
-    if dtype not in KERNEL_DTYPES:
-        return f"{str(dtype).removeprefix('torch.')} has no 2:4 kernels, only float16 and bfloat16"
-    rows, cols = linear.grad_weight.gemm.meta["val"].shape
-    n, k = (rows, cols) if linear.grad_weight.place == 0 else (cols, rows)
+    if reason := _why_no_device(scheme, limits):
+        return reason
+    if not estimator.packed:
+        return f"grad_weight={scheme.grad_weight!r} has no 2:4 kernel"
+    value = grad_weight.gemm.meta["val"]
+    if reason := _why_no_dtype(value.dtype):
+        return reason
+    n, k = value.shape if grad_weight.place == 0 else reversed(value.shape)
     if n % KERNEL_TILE or k % GRAD_TILE:
         return f"N and K are {n} and {k}: a 2:4 gradient needs multiples of {KERNEL_TILE} and {GRAD_TILE}"
     return None
 
 
-def why_not_sparse_input(
-    linear: Linear, scheme: ActivationSparsity, limits: Limits, *, grad_weight: bool
-) -> str | None:
-    """Why the GEMMs of a 2:4 input get no sparse kernel. They are computed with the masked input all the same.
-
-    grad_weight: whether that GEMM is to read the 2:4 input too. Then it is both or none: a dense one would need the
-    masked input that the kernels do not make.
-    """
+def why_not_sparse_input(linear: Linear, input: Input, scheme: ActivationSparsity, limits: Limits) -> str | None:
+    """Why the GEMMs of a 2:4 input get no sparse kernel. They are computed with the masked input all the same."""
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
     reason = _why_no_device(scheme, limits)
     if reason is None and scheme.mask == "rowwise":
         reason = "masks of single rows have no kernels, as grad_weight could not use them"
-    reason = reason or _why_no_scaled_call(linear.output) or _why_no_input_kernel(linear)
-    return reason or (why_dense_gradient(linear) if grad_weight else None)
-
-
-def _why_no_input_kernel(linear: Linear) -> str | None:
-    input = input_of(linear.output)
-    assert input is not None  # the weight is the right operand: `_why_no_scaled_call`
-    value = input.node.meta["val"]
-    if value.dtype not in KERNEL_DTYPES:
-        return f"{str(value.dtype).removeprefix('torch.')} has no 2:4 kernels, only float16 and bfloat16"
+    reason = reason or _why_no_scaled_call(linear.output) or _why_no_dtype(input.node.meta["val"].dtype)
     _, n, k = linear.shape
-    if k % KERNEL_TILE or n % GRAD_TILE:
-        return f"K and N are {k} and {n}: a 2:4 input needs multiples of {KERNEL_TILE} and {GRAD_TILE}"
+    if reason is None and (k % KERNEL_TILE or n % GRAD_TILE):
+        reason = f"K and N are {k} and {n}: a 2:4 input needs multiples of {KERNEL_TILE} and {GRAD_TILE}"
+    return reason
+
+
+def _why_no_dtype(dtype: torch.dtype) -> str | None:
+    if dtype not in KERNEL_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} has no 2:4 kernels, only float16 and bfloat16"
     return None
 
 
@@ -198,19 +168,9 @@ def _why_no_scaled_call(use: Use) -> str | None:
 
 
 def _why_no_kernel(use: Use, weight: Node) -> str | None:
-    dtype = use.operand.meta["val"].dtype
-    if dtype not in KERNEL_DTYPES:
-        return f"{str(dtype).removeprefix('torch.')} has no 2:4 kernels, only float16 and bfloat16"
+    if reason := _why_no_dtype(use.operand.meta["val"].dtype):
+        return reason
     shape = list(weight.meta["val"].shape)
     if any(dim % KERNEL_TILE for dim in shape):
         return f"the weight is {shape}: sparse kernels need multiples of {KERNEL_TILE}"
     return None
-
-
-def reads_rows(use: Use) -> bool:
-    """Whether the GEMM contracts over the columns of the stored weight, as ``linear(input, weight)`` does.
-
-    Then it takes ``packed``; otherwise ``packed_t``. Only for uses that `why_not_sparse` let pass.
-    """
-    transposed = sum(is_flip(node) for node in use.chain) % 2 == 1
-    return not transposed if use.gemm.target is aten.linear.default else transposed

@@ -1,0 +1,1 @@
+"""Edit a captured graph by a plan. Nothing here measures or decides."""

@@ -1,0 +1,87 @@
+"""Carry out what is planned for grad_output: a 2:4 estimate, drawn anew in every step if it is random.
+
+Before and after (sparse)::
+
+    dw = mm(permute(dy), x)
+
+    seed   = randint(0, 2**62, [1])
+    packed = sparse_pass.sparsify_mvue(dy, seed)
+    dw     = sparse_pass.grad_weight(packed, x, N)
+
+(with the gradient of the bias on the way, if the graph has ``db = sum(dy, [0])``)
+
+and as masked_dense::
+
+    seed = randint(0, 2**62, [1])
+    dw   = mm(permute(sparse_pass.mvue24(dy, seed)), x)
+
+Each call of a linear has a seed of its own, of torch's generator of the device.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph.gemms import aten, operand_of
+from ..plan.table import ESTIMATORS
+from ..plan.values import Part
+from .editor import Editor, sparse_ops
+
+_SEEDS = 2**62
+"""How many seeds there are: what torch.randint and Inductor's own random numbers can draw from."""
+
+
+def estimate_gradients(edit: Editor, part: Part) -> None:
+    """Give grad_weight of one call a 2:4 grad_output, by the sparse kernel or by a dense matmul of the same numbers."""
+    for plan in part.gemms:
+        gemm, place = plan.gemm.node, plan.gemm.places["grad_output"]
+        estimator = ESTIMATORS[plan.prepared.structure]
+        grad_output = edit.rows_first(gemm, place)
+        arguments = [grad_output, _seed(edit, gemm)] if estimator.random else [grad_output]
+        if plan.packed is None:
+            kept = edit.call_before(gemm, _operator(estimator.dense), tuple(arguments))
+            edit.feed_at(gemm, place, edit.flipped(kept, gemm) if place == 0 else kept)
+            continue
+        sums = plan.prepared.sums
+        packed = edit.call_before(
+            gemm, _operator(estimator.packed_and_sum if sums else estimator.packed), tuple(arguments)
+        )
+        if sums:
+            _replace_sums(edit, sums, packed)
+            packed = edit.call_before(gemm, operator.getitem, (packed, 0))
+        input = operand_of(gemm, 1 - place)
+        rows = edit.flipped(input, gemm) if place == 1 else input
+        tuned = {"tuned": True} if plan.tuned else {}
+        columns = grad_output.meta["val"].shape[1]
+        result = edit.call_before(gemm, sparse_ops.grad_weight.default, (packed, rows, columns), tuned)
+        edit.finish_grad_weight(gemm, result, turned=place == 1)
+
+
+def _seed(edit: Editor, gemm: Node) -> Node:
+    kwargs = {
+        "dtype": torch.int64,
+        "layout": torch.strided,
+        "device": gemm.meta["val"].device,
+        "pin_memory": False,
+    }
+    return edit.call_before(gemm, aten.randint.low, (0, _SEEDS, [1]), kwargs)
+
+
+def _replace_sums(edit: Editor, sums: Sequence[Node], both: Node) -> None:
+    """Sum what the kernel has summed on the way, for the gradient of a bias."""
+    for node in sums:
+        partial = edit.call_before(node, operator.getitem, (both, 1))
+        total = edit.call_before(node, aten.sum.dim_IntList, (partial, *node.args[1:]))
+        dtype = node.meta["val"].dtype
+        edit.replace(node, edit.call_before(node, torch.ops.prims.convert_element_type.default, (total, dtype)))
+
+
+def _operator(name: str) -> Any:
+    """An operator by its name, such as ``sparse_pass::mvue24``."""
+    library, _, packet = name.partition("::")
+    return getattr(getattr(torch.ops, library), packet).default

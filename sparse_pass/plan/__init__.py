@@ -1,0 +1,1 @@
+"""Decide for a whole graph before anything is edited: one frozen plan, or an error."""

@@ -1,0 +1,41 @@
+"""What a device can do, as plain data, so that every rule can be tested on a machine without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from ..vocabulary import KERNEL_DTYPES, MIN_CAPABILITY
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a device can do."""
+
+    device: str
+    """Device type: ``"cuda"``, ``"cpu"``, ..."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None for other devices."""
+    unavailable: str = ""
+    """Why the sparse kernels cannot be used there although the capability would do; empty if they can."""
+
+
+def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Ask the device. The first call for a CUDA device verifies the kernels on a small matrix."""
+    if device.type != "cuda":
+        return Limits(device=device.type)
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None:
+        return Limits(device="cuda", capability=capability, unavailable="ROCm has no cuSPARSELt kernels")
+    if capability < MIN_CAPABILITY or dtype not in KERNEL_DTYPES:
+        return Limits(device="cuda", capability=capability)
+    from ..kernels.probe import availability
+
+    return Limits(device="cuda", capability=capability, unavailable=availability(device, dtype))
+
+
+AskLimits: TypeAlias = Callable[[torch.device, torch.dtype], Limits]
+"""The limits of a device for GEMMs of a dtype."""
