@@ -11,7 +11,8 @@ from support import TOLERANCE, errors, run
 from torch import Tensor, nn
 
 import sparse_pass as sp
-from sparse_pass import config, reference
+from sparse_pass import config
+from sparse_pass.ops.reference import weights as reference
 from sparse_pass.plan.table import ESTIMATORS, Estimator
 
 # The first place: what it computes. It keeps the two first rows of every four.

@@ -33,12 +33,14 @@ def _held() -> Iterator[object]:
         yield list(output.local_scope.values())
     frame = sys._getframe()
     while frame is not None:
-        code, scope = frame.f_code, frame.f_locals
-        # Function.apply is Python and calls the forward, whatever its name and whether it takes a ctx.
-        if code is _APPLY:
-            yield [scope.get("args"), scope.get("kwargs")]
-        elif code.co_varnames and isinstance(scope.get(code.co_varnames[0]), FunctionCtx):
-            yield list(scope.values())
+        # Of these frames alone: Python 3.12 and older keep the locals that were asked for as long as the frame runs.
+        if frame.f_code is _APPLY:
+            # It is Python and calls the forward, whatever its name and whether it takes a ctx.
+            yield [frame.f_locals.get("args"), frame.f_locals.get("kwargs")]
+        elif frame.f_code.co_name == "backward":
+            scope = frame.f_locals
+            if any(isinstance(value, FunctionCtx) for value in scope.values()):
+                yield list(scope.values())
         frame = frame.f_back  # type: ignore[assignment]
 
 

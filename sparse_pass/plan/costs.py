@@ -13,7 +13,6 @@ from ..vocabulary import PRODUCTS
 
 log = logging.getLogger(__name__)
 
-"""By the form of a product: M is padded to a multiple of it. Kernels that contract over rows, or pack them, need 64."""
 _OTHERWISE = {"weight": "a dense masked weight", "input": "a dense masked input",
               "grad_output": "a dense estimate of grad_output"}  # fmt: skip
 
