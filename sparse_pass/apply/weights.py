@@ -49,14 +49,14 @@ class Weights:
         if part.prepared is None:
             return
         weight, made = part.prepared.source, self._make(part.prepared)
-        if part.masked is not None:
-            self._change_gradients(linear, part.masked, weight, made["mask"])
         for plan in part.gemms:
             use = plan.gemm.weight_read
             if plan.packed is not None:
                 self._multiply(plan, made[plan.packed])
             elif use is not None:
                 self._edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
+        if part.masked is not None:
+            self._change_gradients(linear, part.masked, weight, made["mask"])
 
     def _make(self, prepared: Prepared) -> _Made:
         """All that is read of a weight, before the first forward GEMM that reads it: before every backward, in whatever

@@ -105,7 +105,10 @@ def _plan_weight(
         if text := _why_slower(weight, sparse, costs):
             reads = [one if one not in sparse else one.without_kernel(text, measured=True) for one in reads]
     readers = tuple(dict.fromkeys(use for call, _ in calls for use in call.linear.readers))
-    before = min([*(call.linear.output.gemm for call, _ in calls), *(use.gemm for use in readers)])
+    reading = {*(one.call for one in reads), *(call for call, one in masked.items() if one is not None)}
+    if not reading and not readers:
+        return {call: Part(reasons=_told(call.linear, [])) for call, _ in calls}
+    before = min([*(call.linear.output.gemm for call in reading), *(use.gemm for use in readers)])
     readers = tuple(use for use in readers if use.reads(weight))
     dense = bool(readers) or any(one.reason is not None and one.gemm.weight_read is not None for one in reads)
     mask = dense or any(one is not None for one in masked.values())
