@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import sparse_pass.rewrite_graph  # noqa: F401  (registers the operators)
 import torch
+
+import sparse_pass.one_graph  # noqa: F401  (registers the operators)
 
 SCHEMAS = {
     "grad_weight": "(Tensor packed, Tensor input, SymInt out_features, *, bool tuned=False) -> Tensor",
