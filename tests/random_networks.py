@@ -489,8 +489,10 @@ def _can_be_wrapped(example: Example, network: Network, config: tuple[tuple[str,
     if example.broken or _tied(network):
         return False  # two ways at once; and what parts share is a matter of each graph
     if example.wrapped == "functional_call":
-        # What is not the parameter goes by the name of the module that multiplies by it.
-        return all(layer.way == "module" for layer in example.layers) and not any("weight" in key for key, _ in config)
+        # What is not the parameter goes by the name of the module that multiplies by it, and has the dynamic sizes
+        # of an input, for which a linear is skipped.
+        known = example.dynamic != "all" and all(layer.way == "module" for layer in example.layers)
+        return known and not any("weight" in key for key, _ in config)
     return True
 
 

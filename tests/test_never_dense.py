@@ -210,6 +210,27 @@ def test_wrappers_change_nothing(
     check(make(), config, names, compile, with_model=with_model)
 
 
+def test_weights_of_dynamic_sizes_are_skipped_with_the_remedy() -> None:
+    """Tensors that functional_call is given are inputs: with ``dynamic=True`` their sizes are symbols."""
+    model, x = Net(), batch()
+    tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    backend = sp.sparse_backend(FC1, model=model, inner="aot_eager")
+    compiled = torch.compile(lambda given, x: functional_call(model, given, (x,)), backend=backend, dynamic=True)
+    torch.testing.assert_close(compiled(tensors, x), model(x))
+    assert {(site.fqn, site.status) for site in backend.report.sites} == {
+        ("blocks.0.fc1", "skipped"),
+        ("blocks.1.fc1", "skipped"),
+    }
+    assert all("mark it with torch._dynamo.mark_static" in site.reason for site in backend.report.sites)
+    for tensor in tensors.values():
+        torch._dynamo.mark_static(tensor)
+    torch._dynamo.reset()
+    backend = sp.sparse_backend({"blocks.1.fc1": W24}, model=model, inner="aot_eager")
+    compiled = torch.compile(lambda given, x: functional_call(model, given, (x,)), backend=backend, dynamic=True)
+    torch.testing.assert_close(compiled(tensors, x), reference_of(model, {"blocks.1.fc1"})(x))
+    assert [site.status for site in backend.report.sites] == ["masked_dense"]
+
+
 @pytest.mark.parametrize("block", [Block, OwnGetattr, checkpointed])
 @pytest.mark.parametrize("below", [False, True], ids=["", "below a wrapper"])
 @pytest.mark.parametrize(("dense", "graphs"), [((), 2), ((1, 3, 5, 7), 3)], ids=["all alike", "half of them"])

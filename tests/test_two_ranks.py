@@ -2,12 +2,13 @@
 
 This file is also the program of a rank::
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/test_two_ranks.py cpu ddp
+    python -m torch.distributed.run --nproc-per-node 2 tests/test_two_ranks.py cpu ddp fsdp2
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,16 +71,25 @@ def check(actual: dict[str, Tensor], wanted: dict[str, Tensor], backend: SparseB
     assert backend.report.unmatched == ()
 
 
-def rank(device_type: str, kind: str) -> None:
-    """One of two ranks: each has half of the batch, and both must come to the gradients of all of it."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
+def rank(device_type: str, *kinds: str) -> None:
+    """One of two ranks, which trains by one kind of parallelism after the other."""
     on_gpu = device_type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo")
     device = torch.device("cuda", dist.get_rank()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    for kind in kinds:
+        train(device, kind)
+        print(f"gradients agree: {kind}", flush=True)
+    dist.destroy_process_group()
+
+
+def train(device: torch.device, kind: str) -> None:
+    """Each rank has half of the batch, and both must come to the gradients of all of it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch._dynamo.reset()
     model, reference = network().to(device), network().to(device)
     generator = torch.Generator(device).manual_seed(1)
     x = torch.randn(2 * ROWS, DIM, device=device, dtype=torch.bfloat16, generator=generator)
@@ -104,25 +114,24 @@ def rank(device_type: str, kind: str) -> None:
         with torch.no_grad():  # the weights move, and other ones are the larger ones of a tile
             for parameter in (*wrapped.parameters(), *reference.parameters()):
                 parameter.sub_(0.02)
-    dist.destroy_process_group()
-    print("gradients agree", flush=True)
 
 
 CASES = [  # parts compiled one by one are in test_distributed.py, too, by one rank
-    *(("cpu", kind) for kind in ("ddp", "fsdp1", "fsdp2")),
-    *(pytest.param("cuda", kind, marks=[GPU, TWO]) for kind in ("ddp", "fsdp1", "fsdp2", "fsdp2-blocks")),
+    ("cpu", ("ddp", "fsdp1", "fsdp2")),  # starting two ranks takes most of the time
+    *(pytest.param("cuda", (kind,), marks=[GPU, TWO]) for kind in ("ddp", "fsdp1", "fsdp2", "fsdp2-blocks")),
 ]
 
 
-@pytest.mark.parametrize(("device_type", "kind"), CASES)
-def test_two_ranks(device_type: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("device_type", "kinds"), CASES, ids=str)
+def test_two_ranks(device_type: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, __file__, device_type, kind]
+    command = [*launcher, __file__, device_type, *kinds]
     environment = python_environment(SPARSE_PASS_CACHE_DIR=str(tmp_path))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
-    assert done.stdout.count("gradients agree") == 2
+    for kind in kinds:
+        assert len(re.findall(rf"gradients agree: {kind}$", done.stdout, re.MULTILINE)) == 2, output
     # What one rank has measured the other reads.
     measured = [line.partition("measures")[2] for line in output.splitlines() if "sparse_pass measures" in line]
     shapes = [line.replace("cuda:1", "cuda:0") for line in measured]

@@ -34,6 +34,8 @@ from sparse_pass.graph.parameters import Names
 from sparse_pass.one_graph import rewrite_graph
 
 W24 = sp.WeightSparsity()
+MASKED = sp.WeightSparsity(grad_weight="masked")
+MASKED_AND_DECAY = sp.WeightSparsity(grad_weight="masked", decay=0.5)
 COMPUTES = "the GEMM reads what the graph computes from the weight"
 
 
@@ -269,12 +271,17 @@ def test_other_readers_of_the_weight_stay_dense(way: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"grad_weight": "masked"}, {"decay": 0.5}, {"grad_weight": "masked", "decay": 0.5}], ids=str
+    ("way", "scheme"),
+    [
+        *((way, MASKED_AND_DECAY) for way in RECOMPUTED),
+        ("quantizing function", MASKED),
+        ("fake quantized", sp.WeightSparsity(decay=0.5)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("way", RECOMPUTED)
-def test_gradients_of_a_weight_masked_at_its_root(way: str, changed: dict[str, Any]) -> None:
+def test_gradients_of_a_weight_masked_at_its_root(way: str, scheme: sp.WeightSparsity) -> None:
     """Masked where the graph returns it, and decay added there."""
-    model, scheme = nn.Sequential(nn.Tanh(), QLinear(32, 64, RECOMPUTED[way])).double(), sp.WeightSparsity(**changed)
+    model = nn.Sequential(nn.Tanh(), QLinear(32, 64, RECOMPUTED[way])).double()
     actual, expected, report = both(model, ("1",), leaf(8, 64), scheme=scheme)
     weight, gradient = model[1].weight.detach(), expected.gradients["1.weight"]
     assert gradient is not None
@@ -537,13 +544,19 @@ class Head(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "scheme",
-    [W24, sp.WeightSparsity(grad_weight="masked"), sp.WeightSparsity(grad_weight="masked", decay=0.5)],
+    ("n", "chunks", "bias", "scheme"),
+    [
+        (48, 1, False, W24),
+        (48, 4, True, W24),
+        (32, 2, True, W24),
+        (48, 2, True, MASKED),
+        (32, 4, False, MASKED),
+        (48, 2, False, MASKED_AND_DECAY),
+        (32, 1, True, MASKED_AND_DECAY),
+        (32, 4, True, MASKED_AND_DECAY),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("chunks", [1, 2, 4])
-@pytest.mark.parametrize("n", [48, 32])
 def test_linear_fused_with_its_loss(n: int, chunks: int, bias: bool, scheme: sp.WeightSparsity) -> None:
     """Both matmuls with the weight read S(W): the second is no linear, but the gradient of the first one's input."""
     model, target = Head(n, chunks, bias).double(), torch.arange(8)

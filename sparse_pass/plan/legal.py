@@ -67,7 +67,10 @@ def why_dims_skipped(shape: torch.Size) -> str:
 def why_shape_skipped(shape: torch.Size) -> str | None:
     """The rule on dims alone; also asked of parameters before anything is captured."""
     if not all(isinstance(dim, int) for dim in shape):
-        return f"the weight has the symbolic shape {list(shape)}: dims of a weight must be static"
+        return (
+            f"the weight has the symbolic shape {list(shape)}: dims of a weight must be static;"
+            " pass it as an nn.Parameter or mark it with torch._dynamo.mark_static"
+        )
     if any(dim % TILE or dim == 0 for dim in shape):
         return (
             f"the weight is {list(shape)}: 2:4 masks need both dims to be multiples of {TILE};"
