@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias, get_args
 
 Mask: TypeAlias = Literal["optimal", "greedy"]
 GradWeight: TypeAlias = Literal["dense", "masked", "mvue"]
+Precision: TypeAlias = Literal["captured", "float8"]
 Backend: TypeAlias = Literal["auto", "cusparselt", "masked_dense"]
 
 InputMask: TypeAlias = Literal["optimal", "greedy", "rowwise"]
@@ -19,7 +20,12 @@ GradInput: TypeAlias = Literal["dense", "masked"]
 Tune: TypeAlias = Literal["auto", "off"]
 Require: TypeAlias = Literal["sparse"]
 
-_WEIGHT_CHOICES = {"mask": get_args(Mask), "grad_weight": get_args(GradWeight), "backend": get_args(Backend)}
+_WEIGHT_CHOICES = {
+    "mask": get_args(Mask),
+    "grad_weight": get_args(GradWeight),
+    "precision": get_args(Precision),
+    "backend": get_args(Backend),
+}
 _INPUT_CHOICES = {"mask": get_args(InputMask), "grad_input": get_args(GradInput), "backend": get_args(Backend)}
 
 
@@ -55,6 +61,12 @@ class WeightSparsity:
     that the mask drops, once per weight and compiled graph, in each backward. It is part of the gradient: where
     several micro-steps accumulate one, each of n adds it, so divide it by n, as the loss; a loss scaler scales it
     down with the rest, so multiply it by the scale or train in bfloat16. 0 turns it off."""
+
+    precision: Precision = "captured"
+    """``"captured"``: GEMMs multiply in the dtype that the graph has. ``"float8"``: those of output and grad_input
+    multiply values rounded to float8_e4m3fn, the input, grad_output and S(weight), each times a power of two: the
+    largest at which the largest magnitude of the tensor is at most 448 (of all of the stored weight, masked or not).
+    Sums are float32, results have the captured dtype. grad_weight stays in the captured precision."""
 
     backend: Backend = "auto"
     """``"auto"``: cuSPARSELt where it can run, else masked_dense. ``"cusparselt"``: the same, and on a CPU

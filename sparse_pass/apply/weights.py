@@ -30,6 +30,7 @@ from torch.fx.node import map_arg
 from ..graph.gemms import Linear, aten, bias_of, operand_of
 from ..plan.values import GemmPlan, MaskedGradients, Packed, Part, Prepared
 from .editor import Editor, sparse_ops
+from .float8 import RoundedOperands
 
 _CASTS = frozenset({aten._to_copy.default, aten.to.dtype, torch.ops.prims.convert_element_type.default})
 
@@ -41,6 +42,7 @@ class Weights:
 
     def __init__(self, edit: Editor) -> None:
         self._edit = edit
+        self._rounded = RoundedOperands(edit)
         self._made: dict[Prepared, _Made] = {}
         self._moved: dict[tuple[Node, Node], Node] = {}
 
@@ -55,6 +57,7 @@ class Weights:
                 self._multiply(plan, made[plan.packed])
             elif use is not None:
                 self._edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
+            self._rounded.feed(plan)
         if part.masked is not None:
             self._change_gradients(linear, part.masked, weight, made["mask"])
 
@@ -71,6 +74,8 @@ class Weights:
             zero = edit.zero(weight, before, like=before)
             laid_out = edit.laid_out(made["mask"], weight, before, like=before)
             made["dense"] = edit.call_before(before, aten.where.self, (laid_out, weight, zero))
+            if prepared.precision == "float8":
+                made["dense"] = self._rounded.round(made["dense"], weight, before)
         for use in prepared.readers:
             edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
         both: dict[torch.dtype, Node] = {}
