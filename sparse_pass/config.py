@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Literal, TypeAlias, get_args
 
 Mask: TypeAlias = Literal["optimal", "greedy"]
@@ -19,6 +20,9 @@ GradInput: TypeAlias = Literal["dense", "masked"]
 
 Tune: TypeAlias = Literal["auto", "off"]
 Require: TypeAlias = Literal["sparse"]
+
+NORM_SCALE = 1.105
+"""|W| / |S(W)| of normally distributed weights: 1.1053 for the optimal masks, 1.1047 for the greedy ones."""
 
 _WEIGHT_CHOICES = {
     "mask": get_args(Mask),
@@ -62,6 +66,11 @@ class WeightSparsity:
     several micro-steps accumulate one, each of n adds it, so divide it by n, as the loss; a loss scaler scales it
     down with the rest, so multiply it by the scale or train in bfloat16. 0 turns it off."""
 
+    scale: float | Literal["norm"] = 1.0
+    """A factor of S(weight), which is then ``scale * weight`` where the mask keeps it, rounded to the dtype of the
+    parameter; the gradient stays straight-through. ``"norm"``: 1.105, which keeps the norm of normally distributed
+    weights, of which the masks keep 0.82 of the sum of squares (a fixed factor, as S-STE's, arXiv 2409.09099)."""
+
     precision: Precision = "captured"
     """``"captured"``: GEMMs multiply in the dtype that the graph has. ``"float8"``: those of output and grad_input
     multiply values rounded to float8_e4m3fn, the input, grad_output and S(weight), each times a power of two: the
@@ -72,8 +81,16 @@ class WeightSparsity:
     """``"auto"``: cuSPARSELt where it can run, else masked_dense. ``"cusparselt"``: the same, and on a CPU
     the slow reference kernels (for tests). ``"masked_dense"``: dense matmuls with the masked weight."""
 
+    @property
+    def factor(self) -> float:
+        """``scale`` as a number."""
+        return NORM_SCALE if self.scale == "norm" else float(self.scale)
+
     def __post_init__(self) -> None:
         _check_choices(self, _WEIGHT_CHOICES)
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if self.scale != "norm" and not (number and isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"WeightSparsity(scale={self.scale!r}): expected a finite number > 0 or 'norm'")
         if isinstance(self.decay, bool) or not isinstance(self.decay, (int, float)):
             raise ValueError(f"WeightSparsity(decay={self.decay!r}): expected a number >= 0")
         if not 0.0 <= self.decay < float("inf"):

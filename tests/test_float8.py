@@ -1,4 +1,4 @@
-"""``precision="float8"``: the numbers of a hand-written linear that rounds its operands, wherever the graph has them."""
+"""``precision="float8"``: the numbers of a hand-written linear that rounds its operands to float8."""
 
 from __future__ import annotations
 
@@ -313,61 +313,43 @@ class OneInput(nn.Module):
 
 
 def test_graph() -> None:
-    """The input is rounded once for both, and each grad_output for itself."""
-    captured = capture(OneInput(), [leaf(2, 4, 16)], {"gate": FLOAT8, "up": FLOAT8})
+    """Both operands, each by a scale of its own."""
+    captured = capture(nn.Linear(16, 32, bias=False), [leaf(2, 4, 16)], {"weight": FLOAT8})
     assert_expected_inline(
         printed(captured.after.graph),
         """\
-view = aten.view(primals_2)  # gate
-mask24 = sparse_pass.mask24(primals_1, 'optimal')  # gate
-full = aten.full(0)  # gate
-where = aten.where(mask24, primals_1, full)  # gate
-float8_scale = sparse_pass.float8_scale(primals_1)  # gate
-round_float8 = sparse_pass.round_float8(where, float8_scale)  # gate
-permute = aten.permute(round_float8, [1, 0])  # gate
-float8_scale_1 = sparse_pass.float8_scale(primals_2)  # gate
-round_float8_1 = sparse_pass.round_float8(primals_2, float8_scale_1)  # gate
-view_1 = aten.view(round_float8_1)  # gate
-mm = aten.mm(view_1, permute)  # gate
-view_2 = aten.view(mm)  # gate
-view_3 = aten.view(primals_2)  # up
-mask24_1 = sparse_pass.mask24(primals_3, 'optimal')  # up
-full_1 = aten.full(0)  # up
-where_1 = aten.where(mask24_1, primals_3, full_1)  # up
-float8_scale_2 = sparse_pass.float8_scale(primals_3)  # up
-round_float8_2 = sparse_pass.round_float8(where_1, float8_scale_2)  # up
-permute_1 = aten.permute(round_float8_2, [1, 0])  # up
-view_4 = aten.view(round_float8_1)  # up
-mm_1 = aten.mm(view_4, permute_1)  # up
-view_5 = aten.view(mm_1)  # up
-mul = aten.mul(view_2, view_5)
-mul_1 = aten.mul(tangents_1, view_2)  # backward
-mul_2 = aten.mul(tangents_1, view_5)  # backward
-view_6 = aten.view(mul_1)  # up, backward
-permute_2 = aten.permute(view_6, [1, 0])  # up, backward
-mm_2 = aten.mm(permute_2, view_3)  # up, backward
-permute_3 = aten.permute(mm_2, [1, 0])  # up, backward
-permute_4 = aten.permute(permute_1, [1, 0])  # up, backward
-float8_scale_3 = sparse_pass.float8_scale(mul_1)  # up, backward
-round_float8_3 = sparse_pass.round_float8(mul_1, float8_scale_3)  # up, backward
-view_7 = aten.view(round_float8_3)  # up, backward
-mm_3 = aten.mm(view_7, permute_4)  # up, backward
-view_8 = aten.view(mm_3)  # up, backward
-permute_5 = aten.permute(permute_3, [1, 0])  # up, backward
-view_9 = aten.view(mul_2)  # gate, backward
-permute_6 = aten.permute(view_9, [1, 0])  # gate, backward
-mm_4 = aten.mm(permute_6, view)  # gate, backward
-permute_7 = aten.permute(mm_4, [1, 0])  # gate, backward
-permute_8 = aten.permute(permute, [1, 0])  # gate, backward
-float8_scale_4 = sparse_pass.float8_scale(mul_2)  # gate, backward
-round_float8_4 = sparse_pass.round_float8(mul_2, float8_scale_4)  # gate, backward
-view_10 = aten.view(round_float8_4)  # gate, backward
-mm_5 = aten.mm(view_10, permute_8)  # gate, backward
-view_11 = aten.view(mm_5)  # gate, backward
-add = aten.add(view_8, view_11)  # backward
-permute_9 = aten.permute(permute_7, [1, 0])  # gate, backward
-return mul, permute_9, add, permute_5""",
+view = aten.view(primals_2)
+mask24 = sparse_pass.mask24(primals_1, 'optimal')
+full = aten.full(0)
+where = aten.where(mask24, primals_1, full)
+float8_scale = sparse_pass.float8_scale(primals_1)
+round_float8 = sparse_pass.round_float8(where, float8_scale)
+permute = aten.permute(round_float8, [1, 0])
+float8_scale_1 = sparse_pass.float8_scale(primals_2)
+round_float8_1 = sparse_pass.round_float8(primals_2, float8_scale_1)
+view_1 = aten.view(round_float8_1)
+mm = aten.mm(view_1, permute)
+view_2 = aten.view(mm)
+view_3 = aten.view(tangents_1)  # backward
+permute_1 = aten.permute(view_3, [1, 0])  # backward
+mm_1 = aten.mm(permute_1, view)  # backward
+permute_2 = aten.permute(mm_1, [1, 0])  # backward
+permute_3 = aten.permute(permute, [1, 0])  # backward
+float8_scale_2 = sparse_pass.float8_scale(tangents_1)  # backward
+round_float8_2 = sparse_pass.round_float8(tangents_1, float8_scale_2)  # backward
+view_4 = aten.view(round_float8_2)  # backward
+mm_2 = aten.mm(view_4, permute_3)  # backward
+view_5 = aten.view(mm_2)  # backward
+permute_4 = aten.permute(permute_2, [1, 0])  # backward
+return view_2, permute_4, view_5""",
     )
+
+
+def test_what_several_read_is_rounded_once() -> None:
+    """Of two linears of one input: two weights, the input, and the two of grad_output."""
+    captured = capture(OneInput(), [leaf(2, 4, 16)], {"gate": FLOAT8, "up": FLOAT8})
+    counted = [node.target for node in captured.after.graph.nodes].count(sparse.round_float8.default)
+    assert counted == 5
 
 
 # What is declined

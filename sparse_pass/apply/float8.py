@@ -35,7 +35,8 @@ class RoundedOperands:
         moved = self._edit.replay(chain, source, self._made[plan.rounded], read.gemm)
         self._edit.feed_at(read.gemm, read.place, moved)
 
-    def round(self, tensor: Node, scale_of: Node, before: Node) -> Node:
-        """Round a tensor by the scale of another one, which may be itself."""
-        scale = self._edit.call_before(before, sparse_ops.float8_scale.default, (scale_of,))
+    def round(self, tensor: Node, scale_of: Node, before: Node, factor: float = 1.0) -> Node:
+        """Round a tensor by the scale of another one times ``factor``; it may be itself."""
+        args = (scale_of,) if factor == 1 else (scale_of, factor)
+        scale = self._edit.call_before(before, sparse_ops.float8_scale.default, args)
         return self._edit.call_before(before, sparse_ops.round_float8.default, (tensor, scale))

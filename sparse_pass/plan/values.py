@@ -84,6 +84,8 @@ class Prepared:
     """The mask of a weight or an input; the estimator of grad_output."""
     before: Node
     """The first GEMM, or op that computes something from a weight, that reads it: all is made before that."""
+    scale: float = 1.0
+    """Of a weight: a factor of the 2:4 one."""
     precision: Precision = "captured"
     """Of a weight: whether the 2:4 one is rounded to float8."""
     mask: bool = False

@@ -66,11 +66,11 @@ class _Read:
 def plan_weights(calls: Sequence[Call], costs: Costs | None) -> Mapping[Call, Part]:
     """What a 2:4 weight means for each call whose scheme has one."""
     rounded = rounded_operands(calls)
-    groups: dict[tuple[Node, str, str], list[tuple[Call, WeightSparsity]]] = {}
+    groups: dict[tuple[object, ...], list[tuple[Call, WeightSparsity]]] = {}
     decaying: dict[Node, Call] = {}  # which call adds the decay of a weight
     for call in calls:
         if call.weight is not None:
-            key = call.linear.weight, call.weight.mask, call.weight.precision
+            key = call.linear.weight, call.weight.mask, call.weight.factor, call.weight.precision
             groups.setdefault(key, []).append((call, call.weight))
             if call.weight.decay > 0 and call.linear.grad_output is not None:
                 decaying.setdefault(call.linear.weight, call)
@@ -124,7 +124,7 @@ def _plan_weight(
     packed = tuple(_packed(weight, [one for one in reads if one.reason is None], before))
     prepared = Prepared(
         "weight", weight, scheme.mask, before,
-        precision=scheme.precision, mask=mask, dense=dense, packed=packed, readers=readers,
+        scale=scheme.factor, precision=scheme.precision, mask=mask, dense=dense, packed=packed, readers=readers,
     )  # fmt: skip
     return {
         call: Part(

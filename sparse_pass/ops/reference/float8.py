@@ -19,13 +19,13 @@ _EXPONENT = 0x7F800000
 """The exponent bits of a float32: with no others set it is a power of two."""
 
 
-def scale(tensor: Tensor) -> Tensor:
-    """The largest power of two s with max |T| * s <= 448: float32, no dims.
+def scale(tensor: Tensor, factor: float = 1.0) -> Tensor:
+    """The largest power of two s with max |factor T| * s <= 448: float32, no dims.
 
-    tensor: floating point, not empty. NaN if it holds an infinity or a NaN: then all that is multiplied by it is NaN,
-    as a loss scaler wants.
+    tensor: floating point, not empty. The product by ``factor`` is rounded to the dtype of T. NaN if it holds an
+    infinity or a NaN: then all that is multiplied by it is NaN, as a loss scaler wants.
     """
-    largest = tensor.detach().abs().amax().to(torch.float32)
+    largest = (tensor.detach().abs().amax() * factor).to(torch.float32)
     quotient = LARGEST / largest.clamp(min=_SMALLEST)
     power = (quotient.view(torch.int32) & _EXPONENT).view(torch.float32)
     return torch.where(largest < float("inf"), power, float("nan"))
