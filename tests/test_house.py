@@ -33,7 +33,7 @@ ALLOWED = {
     "capture": "graph_pass",
     "dynamo": "config dynamo fqn model_names",
     "usage": "",
-    "graph_pass": "config fqn graph one_graph ops plan report vocabulary",
+    "graph_pass": "config fqn graph one_graph ops plan report shared_graphs vocabulary",
     "one_graph": "apply config fqn graph plan report",
     "prune": "config fqn model_names ops plan report",
     "model_names": "config fqn plan",
