@@ -232,9 +232,10 @@ def _insist(report: Report, graph: Graph) -> None:
 
 
 def _has_nothing(site: Site) -> bool:
-    """Whether a graph has none of the GEMMs that the scheme makes 2:4, as one of inference has no gradients."""
+    """Whether the scheme changes gradients alone, and the graph has none of these, as one of inference."""
     asked = [gemm for gemm, role in structured_operands(site.scheme).items() if role is not None]
-    return site.status == "masked_dense" and all(getattr(site, gemm) is None for gemm in asked)
+    none_there = all(getattr(site, gemm) is None for gemm in asked)
+    return site.status == "masked_dense" and "output" not in asked and none_there
 
 
 def _environment() -> tuple[object, ...]:

@@ -296,10 +296,10 @@ WAYS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], str]] = {
     "slice": (lambda x, w: F.linear(x, w[:6]), (12, 8), (11, 8), ""),
     "cast": (lambda x, w: F.linear(x.double(), w.double()).float(), (12, 8), (11, 8), ""),
     "odd sizes": (lambda x, w: x @ w.T, (13, 7), (11, 7), ""),
-    "output anew": (Anew.apply, (12, 8), (11, 8), ""),
+    "output anew": (lambda x, w: Anew.apply(x, w), (12, 8), (11, 8), ""),
     "bmm": (lambda x, w: torch.bmm(x, w.T.expand(2, 8, 12)), (12, 8), (2, 11, 8), r"aten\.bmm\.default"),
     "mv": (lambda x, w: torch.mv(w, x), (12, 8), (8,), r"aten\.(mv\.default|mul\.Tensor)"),
-    "there and back": (ThereAndBack.apply, (8, 8), (11, 8), r"aten\.mm\.default"),
+    "there and back": (lambda x, w: ThereAndBack.apply(x, w), (8, 8), (11, 8), r"aten\.mm\.default"),
 }
 
 
@@ -392,7 +392,7 @@ def test_linear_fused_with_its_loss() -> None:
             grad_x, grad_w = ctx.saved_tensors
             return grad_x * grads[0], grad_w * grads[0]
 
-    model, x = By(Fused.apply, 12, 8), leaf(11, 8)
+    model, x = By(lambda x, w: Fused.apply(x, w), 12, 8), leaf(11, 8)
     backend = sp.sparse_backend({"w": INPUT}, model=model, inner="aot_eager")
     with recorded() as drawn:
         actual = run(torch.compile(model, backend=backend), dict(model.named_parameters()), [x])
