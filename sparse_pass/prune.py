@@ -31,8 +31,8 @@ def prune_(model: nn.Module, config: Config) -> Report:
 
     Args:
         model: any module; compiled or wrapped ones too.
-        config: names to schemes, as for :func:`sparse_backend`; only ``mask`` of a scheme counts, and only of
-            a `WeightSparsity` that stands alone.
+        config: names to schemes, as for :func:`sparse_backend`; only ``mask`` and ``scale`` of a scheme count, and
+            only of a `WeightSparsity` that stands alone. With a ``scale`` call it once: each call multiplies by it.
 
     Returns:
         Report: one site per weight, ``sparse`` or ``skipped``; M is ``"-"``, as no GEMM is involved.
@@ -67,7 +67,7 @@ def prune_(model: nn.Module, config: Config) -> Report:
         else:
             reason = why_shape_skipped(weight.shape) or ""
             if not reason:
-                kept.append((weight, mask24(weight.detach(), sparsity.mask)))
+                kept.append((weight, mask24(weight.detach(), sparsity.mask), sparsity.factor))
         n, k = weight.shape
         sites.append(
             Site(
@@ -81,9 +81,11 @@ def prune_(model: nn.Module, config: Config) -> Report:
             )
         )
     with torch.no_grad():
-        for weight, mask in kept:
+        for weight, mask, scale in kept:
             # Not a product: 0 * inf would leave a NaN where the mask drops an infinity.
             weight.masked_fill_(~mask, 0)
+            if scale != 1:
+                weight.mul_(scale)
     return Report(sites=tuple(sites))
 
 

@@ -51,7 +51,8 @@ ALLOWED = {
 CONTRACT = {
     "ActivationSparsity": "(*, mask='optimal', grad_input='dense', backend='auto')",
     "GradientSparsity": "(*, grad_weight='mvue', grad_input='dense', backend='auto')",
-    "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, backend='auto')",
+    "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, scale=1.0, precision='captured',"
+    " backend='auto')",
     "sparse_backend": "(config, *, model=None, inner='inductor', strict=False, tune='auto', require=None,"
     " **inductor_options)",
     "SparsePass": "(config, *, strict=False, tune='auto', require=None)",
