@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
+from sparse_pass.ops.reference import weights
 
 FLOAT8 = sp.WeightSparsity(precision="float8")
 NO_KERNEL = "float8 has no 2:4 kernels yet: the same numbers are multiplied in the captured precision"
@@ -122,6 +123,33 @@ def both(
 
 
 # The numbers
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed(dtype: torch.dtype, inner: Any) -> None:
+    """By the reference kernels: float8 products, multiplied by the inverse of the scales afterwards."""
+    model, x = Attention(64).to(dtype), leaf(2, 6, 64, dtype=dtype)
+    kernels = sp.WeightSparsity(precision="float8", backend="cusparselt")
+    actual, expected, report = both(model, NAMES, x, scheme=kernels, inner=inner)
+    assert max(errors(actual, expected).values()) < 2e-2
+    assert {(site.status, site.output, site.grad_input, site.grad_weight, site.reason) for site in report.sites} == {
+        ("sparse", "reference", "reference", "dense", "")
+    }
+
+
+def test_packed_under_autocast_and_scaled() -> None:
+    """The values are those of the parameter, not of its cast."""
+    model, x = nn.Sequential(nn.Linear(64, 128), nn.Tanh()), leaf(8, 64)
+
+    def context() -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    results = []
+    for backend in ("cusparselt", "masked_dense"):
+        scheme = sp.WeightSparsity(precision="float8", scale=1.5, backend=backend)  # type: ignore[arg-type]
+        results.append(both(model, ("0",), x, scheme=scheme, context=context)[0])
+    assert max(errors(*results).values()) < 2e-2
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
@@ -300,6 +328,54 @@ def test_operators_refuse(op: str, arguments: tuple[Any, ...], words: str) -> No
         getattr(sparse, op)(*arguments)
 
 
+def test_metadata_of_8_bits() -> None:
+    """Each bit of a group's row and column has its place in the position of the nibble."""
+    rows, cols = 128, 192
+    index = torch.randint(6, (rows, cols // 4), generator=torch.Generator().manual_seed(0))
+    pairs = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])[index]
+    mask = torch.zeros(rows, cols // 4, 4, dtype=torch.bool).scatter_(2, pairs, True).view(rows, cols)
+    values = torch.randn(rows, cols).to(torch.float8_e4m3fn)
+    packed = weights.pack(values, mask)
+    assert (packed.dtype, packed.numel()) == (torch.float8_e4m3fn, rows * cols * 5 // 8)
+    metadata = packed.view(torch.uint8)[rows * cols // 2 :]
+    for r, g in ((0, 0), (1, 0), (2, 5), (37, 9), (63, 15), (64, 16), (127, 47), (90, 31)):
+        in_tile = [
+            r & 1,
+            r >> 1 & 1,
+            r >> 2 & 1,
+            r >> 3 & 1,
+            r >> 4 & 1,
+            r >> 5 & 1,
+            *(g >> bit & 1 for bit in range(4)),
+        ]
+        places = (32, 64, 128, 2, 256, 512, 1, 8, 16, 4)
+        tile = (r // 64) * (cols // 64) + g // 16
+        position = tile * 1024 + sum(bit * place for bit, place in zip(in_tile, places, strict=True))
+        byte = int(metadata[position // 2])
+        first, second = pairs[r, g].tolist()
+        assert (byte >> 4 if position % 2 else byte & 15) == first | second << 2
+    kept = torch.where(mask, values.float(), 0)
+    assert torch.equal(weights.unpack(packed, rows, cols).float(), kept)
+
+
+def test_operators_of_packed_weights() -> None:
+    weight, x = torch.randn(64, 128).bfloat16(), torch.randn(9, 128).bfloat16()
+    scale = sparse.float8_scale(weight)
+    tests = ("test_faketensor", "test_aot_dispatch_static")  # the others multiply in float8, which torch does not
+    torch.library.opcheck(sparse.quantize_float8.default, (x, sparse.float8_scale(x)), test_utils=tests)
+    torch.library.opcheck(sparse.sparsify_float8.default, (weight, scale, "optimal", 1.5), test_utils=tests)
+    packed, packed_t = sparse.sparsify_float8(weight, scale, "greedy")
+    q = sparse.quantize_float8(x, sparse.float8_scale(x))
+    torch.library.opcheck(sparse.linear.default, (q, packed, None, 64), test_utils=tests)
+    kept = torch.where(sp.mask24(weight, "greedy"), sparse.quantize_float8(weight, scale).float(), 0)
+    assert torch.equal(sparse.linear(q, packed, None, 64), (q.float() @ kept.T).bfloat16())
+    assert torch.equal(weights.unpack(packed_t, 128, 64).float(), kept.T)
+    with pytest.raises(ValueError, match="both must be float16 or both bfloat16"):
+        sparse.linear(q, packed, torch.zeros(64, dtype=q.dtype), 64)
+    with pytest.raises(ValueError, match="both must be float16 or both bfloat16"):
+        sparse.linear(x, packed, None, 64)
+
+
 # The graph
 
 
@@ -342,6 +418,43 @@ mm_2 = aten.mm(view_4, permute_3)  # backward
 view_5 = aten.view(mm_2)  # backward
 permute_4 = aten.permute(permute_2, [1, 0])  # backward
 return view_2, permute_4, view_5""",
+    )
+
+
+def test_packed_graph() -> None:
+    """The product of scaled values, of which the backward has the transpose."""
+    kernels = sp.WeightSparsity(precision="float8", backend="cusparselt")
+    x = leaf(8, 64, dtype=torch.bfloat16)
+    captured = capture(nn.Linear(64, 128, dtype=torch.bfloat16), [x], {"weight": kernels})
+    assert_expected_inline(
+        printed(captured.after.graph),
+        """\
+float8_scale = sparse_pass.float8_scale(primals_1)
+sparsify_float8 = sparse_pass.sparsify_float8(primals_1, float8_scale, 'optimal')
+getitem = sparsify_float8[0]
+getitem_1 = sparsify_float8[1]
+float8_scale_1 = sparse_pass.float8_scale(primals_3)
+quantize_float8 = sparse_pass.quantize_float8(primals_3, float8_scale_1)
+linear = sparse_pass.linear(quantize_float8, getitem, None, 128)
+mul = aten.mul(float8_scale_1, float8_scale)
+convert_element_type = prims.convert_element_type(linear, float32)
+div = aten.div(convert_element_type, mul)
+add = aten.add(div, primals_2)
+convert_element_type_1 = prims.convert_element_type(add, bfloat16)
+float8_scale_2 = sparse_pass.float8_scale(tangents_1)  # backward
+quantize_float8_1 = sparse_pass.quantize_float8(tangents_1, float8_scale_2)  # backward
+linear_1 = sparse_pass.linear(quantize_float8_1, getitem_1, None, 64)  # backward
+mul_1 = aten.mul(float8_scale_2, float8_scale)  # backward
+convert_element_type_2 = prims.convert_element_type(linear_1, float32)  # backward
+div_1 = aten.div(convert_element_type_2, mul_1)  # backward
+convert_element_type_3 = prims.convert_element_type(div_1, bfloat16)  # backward
+permute = aten.permute(tangents_1, [1, 0])  # backward
+mm = aten.mm(permute, primals_3)  # backward
+permute_1 = aten.permute(mm, [1, 0])  # backward
+sum = aten.sum(tangents_1, [0], True)  # backward
+view = aten.view(sum)  # backward
+permute_2 = aten.permute(permute_1, [1, 0])  # backward
+return convert_element_type_1, permute_2, view, convert_element_type_3""",
     )
 
 

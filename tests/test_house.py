@@ -37,7 +37,7 @@ ALLOWED = {
     "one_graph": "apply config fqn graph plan report",
     "prune": "config fqn model_names ops plan report",
     "model_names": "config fqn plan",
-    "apply": "apply graph ops plan",
+    "apply": "apply graph ops plan vocabulary",
     "plan": "config fqn graph kernels plan vocabulary",
     "graph": "fqn graph",
     "ops": "kernels ops vocabulary",

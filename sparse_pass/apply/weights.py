@@ -29,6 +29,7 @@ from torch.fx.node import map_arg
 
 from ..graph.gemms import Linear, aten, bias_of, operand_of
 from ..plan.values import GemmPlan, MaskedGradients, Packed, Part, Prepared
+from ..vocabulary import FLOAT8
 from .editor import Editor, sparse_ops
 from .float8 import RoundedOperands
 
@@ -53,11 +54,14 @@ class Weights:
         weight, made = part.prepared.source, self._make(part.prepared)
         for plan in part.gemms:
             use = plan.gemm.weight_read
-            if plan.packed is not None:
+            if plan.packed is not None and plan.rounded is not None:
+                self._rounded.multiply(plan, made[plan.packed])
+            elif plan.packed is not None:
                 self._multiply(plan, made[plan.packed])
-            elif use is not None:
-                self._edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
-            self._rounded.feed(plan)
+            else:
+                if use is not None:
+                    self._edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
+                self._rounded.feed(plan)
         if part.masked is not None:
             self._change_gradients(linear, part.masked, weight, made["mask"])
 
@@ -77,7 +81,7 @@ class Weights:
             if prepared.scale != 1:
                 made["dense"] = edit.call_before(before, aten.mul.Tensor, (made["dense"], prepared.scale))
             if prepared.precision == "float8":
-                made["dense"] = self._rounded.round(made["dense"], weight, before, prepared.scale)
+                made["dense"] = self._rounded.round_weight(prepared, made["dense"])
         for use in prepared.readers:
             edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
         both: dict[torch.dtype, Node] = {}
@@ -88,7 +92,9 @@ class Weights:
                 options["scale"] = prepared.scale
             args = weight, prepared.structure
             if packed.together:
-                if packed.dtype not in both:
+                if packed.dtype not in both and packed.dtype == FLOAT8:
+                    both[FLOAT8] = self._rounded.pack(prepared)
+                elif packed.dtype not in both:
                     both[packed.dtype] = edit.call_before(before, sparse_ops.sparsify.default, args, options)
                 half = both[packed.dtype], int(packed.transposed)
                 made[packed] = edit.call_before(before, operator.getitem, half)

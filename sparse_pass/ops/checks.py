@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..vocabulary import KERNEL_DTYPES, KERNEL_TILE, MASKS, PRODUCTS, TILE, Form, packed_numel
+from ..vocabulary import FLOAT8, KERNEL_DTYPES, KERNEL_TILE, MASKS, PRODUCTS, TILE, Form, packed_numel
 from .reference import inputs
 
 
@@ -24,6 +24,11 @@ def input_mask24(input: Tensor, mask: str) -> None:
         raise ValueError(
             f"a 2:4 input must be [..., K] with K a multiple of 4, not {list(input.shape)}; leave it dense"
         )
+
+
+def sparsify_float8(weight: Tensor, scale: Tensor, mask: str, factor: float = 1.0) -> None:
+    sparsify(weight, mask, dtype=KERNEL_DTYPES[0])
+    round_float8(weight, scale)
 
 
 def float8_scale(tensor: Tensor, factor: float = 1.0) -> None:
@@ -117,11 +122,15 @@ def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | No
     spec, (what, count) = PRODUCTS[form], names
     name, _, letters = what.partition(" ")
     fits, k = False, 0
+    if dense.dtype == packed.dtype == FLOAT8 and form == "linear" and bias is None:
+        dtypes: tuple[torch.dtype, ...] = (FLOAT8,)
+    else:
+        dtypes = KERNEL_DTYPES
     if dense.dim() == 2 and packed.dim() == 1:
         _, k = spec.dense_shape(*dense.shape)
         # Rows are padded, and the others must be whole tiles.
         rows, cols = (n, k) if spec.rows == "n" else (k, n)
-        fits = cols % KERNEL_TILE == 0 and packed.numel() == packed_numel(rows, cols)
+        fits = cols % KERNEL_TILE == 0 and packed.numel() == packed_numel(rows, cols, packed.dtype)
         fits = fits and (spec.rows != "m" or rows % KERNEL_TILE == 0)
     if not fits:
         maker = {"weight": "sparsify", "grad_output": "sparsify_mvue", "input": "sparsify_input"}[spec.structured]
@@ -130,7 +139,7 @@ def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | No
             f"{letters} and packed what {maker} returns, 1-D of 9 / 16 of the elements of [{n}, {k or 'K'}] in whole "
             "tiles"
         )
-    if packed.dtype not in KERNEL_DTYPES or dense.dtype != packed.dtype:
+    if packed.dtype not in dtypes or dense.dtype != packed.dtype:
         raise ValueError(
             f"packed is {packed.dtype} and {name} {dense.dtype}; both must be float16 or both bfloat16: convert one, or"
             " pass dtype= to sparsify"

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..vocabulary import KERNEL_DTYPES, KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, padded
-from .reference import gradients, inputs, weights
+from ..vocabulary import FLOAT8, KERNEL_DTYPES, KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, padded
+from .reference import float8, gradients, inputs, weights
 
 if TYPE_CHECKING:
     from ..kernels.backends import Backend
@@ -88,6 +88,11 @@ def sparsify_one(
             return pack(weight, mask, transposed, dtype or weight.dtype, scale)  # type: ignore[no-any-return]
         masked = (_masked(weight, mask) * scale).to(dtype or weight.dtype)
         return backend.pack(masked.T if transposed else masked)
+
+
+def sparsify_float8(weight: Tensor, scale: Tensor, mask: str, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    backend_of(weight.device, FLOAT8)  # says why there is none
+    return float8.sparsify(weight, scale, mask, factor)
 
 
 def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ Of weights W [N, K], inputs X [M, K] and gradients dY [M, N]; Mp and Np are M an
     mask24            W -> bool [N, K]                   input_mask24       X [..., K] -> bool [..., K]
     mvue24            dY -> MVUE(dY) [M, N], dense
     float8_scale      T -> its scale, a power of two: float32, no dims
-    round_float8      T, scale -> T rounded to float8, in its own dtype
+    quantize_float8   T, scale -> q(T), float8     round_float8   the same, back in the dtype of T
     sparsify          W -> scale S(W) [N, K] and its transpose [K, N], packed
-    sparsify_one      W -> one of the two
+    sparsify_one      W -> one of the two          sparsify_float8   W, scale -> S(q(W)) and its transpose, packed
     sparsify_input    X -> S(x) [Mp, K] and S(x)^T [K, Mp], packed       x = activation(X), or of X and a gate
     sparsify_mvue     dY -> MVUE(dY)^T [Np, Mp], packed
     sparsify_mvue_sum the same, and sums of dY over 64 rows each, float32 [Mp / 64, N], for the gradient of a bias
@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..vocabulary import KERNEL_TILE, PRODUCTS, Form, packed_numel, padded
+from ..vocabulary import FLOAT8, FLOAT8_OUTPUT, KERNEL_TILE, PRODUCTS, Form, packed_numel, padded
 from . import checks, cuda
 from .define import Kernels, define
 from .reference import float8, gradients, inputs, weights
@@ -45,7 +45,8 @@ def mask24(weight: Tensor, mask: str = "optimal") -> Tensor:
 
 
 def _packed(source: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return source.new_empty(packed_numel(*source.shape), dtype=dtype)
+    rows, cols = source.shape
+    return source.new_empty(packed_numel(rows, cols, dtype or source.dtype), dtype=dtype)
 
 
 def _sums(grad: Tensor) -> Tensor:
@@ -96,6 +97,14 @@ ROUND_FLOAT8 = define(
     cuda=float8.rounded,
 )
 
+QUANTIZE_FLOAT8 = define(
+    "quantize_float8(Tensor tensor, Tensor scale) -> Tensor",
+    check=checks.round_float8,
+    fake=lambda tensor, scale: torch.empty_like(tensor, dtype=FLOAT8),
+    cpu=float8.quantize,
+    cuda=float8.quantize,
+)
+
 # Packed
 
 SPARSIFY = define(
@@ -111,6 +120,13 @@ SPARSIFY_ONE = define(
     fake=lambda weight, mask, transposed, dtype=None, scale=1.0: _packed(weight, dtype),
     cpu=weights.sparsify_one,
     cuda=cuda.sparsify_one,
+)
+SPARSIFY_FLOAT8 = define(
+    "sparsify_float8(Tensor weight, Tensor scale, str mask, float factor=1.0) -> (Tensor, Tensor)",
+    check=checks.sparsify_float8,
+    fake=lambda weight, scale, mask, factor=1.0: (_packed(weight, FLOAT8), _packed(weight, FLOAT8)),
+    cpu=float8.sparsify,
+    cuda=cuda.sparsify_float8,
 )
 SPARSIFY_INPUT = define(
     "sparsify_input(Tensor input, Tensor? gate, str mask, str activation) -> (Tensor, Tensor)",
@@ -146,7 +162,9 @@ def _define_product(form: Form, arguments: str, names: tuple[str, str]) -> Kerne
 
     def fake(*args: Tensor, tuned: bool = False) -> Tensor:
         dense, _, n, _ = spec.operands(*args)
-        return dense.new_empty(spec.output_shape(spec.dense_shape(*dense.shape)[0], n))  # type: ignore[no-any-return]
+        dtype = FLOAT8_OUTPUT if dense.dtype == FLOAT8 else dense.dtype
+        shape = spec.output_shape(spec.dense_shape(*dense.shape)[0], n)
+        return dense.new_empty(shape, dtype=dtype)  # type: ignore[no-any-return]
 
     def cpu(*args: Tensor, tuned: bool = False) -> Tensor:
         return product(form, *spec.operands(*args))

@@ -17,7 +17,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 
-from ..vocabulary import KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, packed_numel, padded
+from ..vocabulary import KERNEL_DTYPES, KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, packed_numel, padded
 from . import cuda
 from . import definitions as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
 
@@ -130,7 +130,9 @@ def _lower_product(form: Form) -> Callable[..., Any]:
         dense, packed, n, bias = spec.operands(*args)
         m, k = spec.dense_shape(*dense.get_size())
         sizes = {"m": m, "n": n, "k": k}
-        kernel = _kernel(f"{spec.op}_into", dense.get_device(), dense.get_dtype())
+        kernel = None
+        if dense.get_dtype() in KERNEL_DTYPES:
+            kernel = _kernel(f"{spec.op}_into", dense.get_device(), dense.get_dtype())
         rows = _up_to(sizes[spec.rows], spec.multiple)
         if kernel is None or rows is None or not (spec.rows == "m" or _is_multiple(m, ROW_MULTIPLE)):
             return _call_op(op, *args, tuned=tuned)

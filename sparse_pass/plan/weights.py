@@ -11,6 +11,7 @@ from torch.fx import Node
 from ..config import WeightSparsity
 from ..graph.gemms import GemmName, Linear, Use, aten, reads_rows
 from ..graph.inputs import OperandRead
+from ..vocabulary import FLOAT8
 from .calls import Call
 from .costs import Costs, Preparation, Product, why_slower
 from .float8 import rounded_operands, why_not_rounded
@@ -56,11 +57,17 @@ class _Read:
             bias=self.use.gemm.target is aten.addmm.default,
         )  # fmt: skip
 
+    @property
+    def packed_dtype(self) -> torch.dtype:
+        """Of the packed weight that it reads."""
+        return FLOAT8 if self.scheme.precision == "float8" else self.dtype
+
     def plan(self, prepared: Prepared, *, tuned: bool) -> GemmPlan:
         if self.reason is not None:
             return GemmPlan(self.gemm, prepared, None, "masked_dense", False, self.reason, self.rounded)
-        packed = next(p for p in prepared.packed if (p.dtype, p.transposed) == (self.dtype, self.transposed))
-        return GemmPlan(self.gemm, prepared, packed, self.call.kernel, tuned and self.use.gemm.meta["val"].is_cuda)
+        packed = next(p for p in prepared.packed if (p.dtype, p.transposed) == (self.packed_dtype, self.transposed))
+        tuned = tuned and self.use.gemm.meta["val"].is_cuda
+        return GemmPlan(self.gemm, prepared, packed, self.call.kernel, tuned, rounded=self.rounded)
 
 
 def plan_weights(calls: Sequence[Call], costs: Costs | None) -> Mapping[Call, Part]:
@@ -150,6 +157,8 @@ def _reads(call: Call, scheme: WeightSparsity, rounded: Mapping[Node, tuple[Oper
             gemm = Gemm(name, use.gemm, weight_read=direct, dense_read=dense_read)
             read = _Read(call, scheme, gemm, use, None, shared)
             text = why_not_sparse(use, weight, scheme, call.limits)
+            if text is None and scheme.precision == "float8" and shared is None:
+                text = "there is nothing to round to float8"
             yield read if text is None else read.without_kernel(text)
 
 
@@ -178,13 +187,13 @@ def _packed(weight: Node, sparse: Sequence[_Read], before: Node) -> Iterator[Pac
     """
     readers: dict[tuple[torch.dtype, bool], list[_Read]] = {}
     for one in sparse:
-        readers.setdefault((one.dtype, one.transposed), []).append(one)
+        readers.setdefault((one.packed_dtype, one.transposed), []).append(one)
     rows = [one.call.linear.shape[0] for one in sparse]
     many = any(isinstance(m, int) and m >= _MANY_ROWS * weight.meta["val"].dtype.itemsize for m in rows)
     # A weight that is computed would have to be kept itself; the greedy mask takes long to choose.
     cheap_twice = many and sparse[0].scheme.mask == "optimal" and weight.op == "placeholder"
     for (dtype, transposed), several in readers.items():
-        together = (dtype, not transposed) in readers and not cheap_twice
+        together = ((dtype, not transposed) in readers and not cheap_twice) or dtype == FLOAT8
         first = min(several, key=lambda one: one.use.gemm)
         forward = first.use is first.call.linear.output or first.use.gemm.meta.get("partitioner_tag") == "is_forward"
         yield Packed(dtype, transposed, before if together else first.use.gemm, together, not together and not forward)

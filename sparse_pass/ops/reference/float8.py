@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-E4M3 = torch.float8_e4m3fn
+from ...vocabulary import FLOAT8 as E4M3
+from . import weights
+
 LARGEST = 448.0
 """The largest number of e4m3."""
 _SMALLEST = 1e-12
@@ -35,6 +37,14 @@ def quantize(tensor: Tensor, scale: Tensor) -> Tensor:
     """q(T): e4m3, in the shape and the memory order of T. Rounds to nearest, ties to even."""
     scaled = tensor.detach().to(torch.float32) * scale
     return scaled.clamp(-LARGEST, LARGEST).to(E4M3)
+
+
+def sparsify(weight: Tensor, scale: Tensor, mask: str, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """S(q(factor W)) and its transpose packed: the mask is chosen on `weight` as stored, in whose dtype the product by
+    `factor` is rounded."""
+    kept = weights.mask24(weight, mask)
+    values = quantize(weight if factor == 1 else weight.detach() * factor, scale)
+    return weights.pack(values, kept), weights.pack(values.view(torch.uint8).T.contiguous().view(E4M3), kept.T)
 
 
 def rounded(tensor: Tensor, scale: Tensor) -> Tensor:
