@@ -12,7 +12,8 @@ from support import assert_same_packed, bits, split_packed
 from torch import Tensor
 
 from sparse_pass import vocabulary
-from sparse_pass.kernels import memory, mvue, sparsify
+from sparse_pass.kernels import memory, mvue, sparsify, sparsify_float8
+from sparse_pass.ops.reference import float8
 from sparse_pass.ops.reference import gradients as reference_gradients
 from sparse_pass.ops.reference import inputs as reference_inputs
 from sparse_pass.ops.reference import weights as reference
@@ -34,6 +35,17 @@ def special(source: torch.dtype) -> Tensor:
     weight[3], weight[8:11, 8:12], weight[20:24, 20:24], weight[60:] = INF, NAN, 0, -0.0
     weight[40:44] *= 1e-6 if source is HALF else 1e-39  # denormal
     return weight.to(source)
+
+
+def check_float8() -> None:
+    for source in (HALF, torch.float32, BFLOAT16):
+        weight = (torch.randn(128, 192) * torch.randn(128, 1).exp()).to(source)
+        weight[3], weight[8:12, 8:12] = 0, 1e-4
+        for mask, factor in (("optimal", 1.0), ("greedy", 1.0 if source is BFLOAT16 else 1.5)):
+            scale = float8.scale(weight, factor)
+            actual = sparsify_float8.sparsify_float8(weight, scale, mask, factor)
+            for one, other in zip(actual, float8.sparsify(weight, scale, mask, factor), strict=True):
+                assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), (source, mask)
 
 
 def check_weights() -> None:
@@ -131,6 +143,7 @@ if __name__ == "__main__":
         mock.patch.object(mvue, "_empty_strided_cuda", on_the_cpu),
     ):
         check_weights()
+        check_float8()
         check_gradients()
         check_bfloat16_gradients()
         check_inputs()

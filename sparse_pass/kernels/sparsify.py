@@ -29,7 +29,7 @@ _WARPS = 4
 
 
 @triton.jit
-def _choose(x, GREEDY: tl.constexpr):
+def choose(x, GREEDY: tl.constexpr):
     if GREEDY:
         return masks.choose_greedy(x)
     else:
@@ -40,7 +40,7 @@ def _choose(x, GREEDY: tl.constexpr):
 
 
 @triton.jit
-def _zero_unkept(x, mask):
+def zero_unkept(x, mask):
     kept = (tl.where((mask & 1) != 0, x[0], 0.0),)
     for place in tl.static_range(1, 16):
         kept = kept + (tl.where((mask & (1 << place)) != 0, x[place], 0.0),)
@@ -48,7 +48,7 @@ def _zero_unkept(x, mask):
 
 
 @triton.jit
-def _scaled(x, SCALE: tl.constexpr):
+def scaled(x, SCALE: tl.constexpr):
     """In the dtype of the tensor that is read, as it is multiplied elsewhere."""
     result = ((x[0].to(tl.float32) * SCALE).to(x[0].dtype),)
     for place in tl.static_range(1, 16):
@@ -99,12 +99,12 @@ def _sparsify_kernel(
         x = x + _columns(w, gate, n, k, N, K, i, DTYPE, ACTIVATION, BOUNDED)
     if BOUNDED:
         N = tl.num_programs(1) * 64
-    mask = _choose(x, GREEDY)
+    mask = choose(x, GREEDY)
     if GREEDY:
-        x = _zero_unkept(x, mask)
+        x = zero_unkept(x, mask)
         mask = masks.fill(mask)
     if SCALE != 1.0:
-        x = _scaled(x, SCALE)
+        x = scaled(x, SCALE)
     R = tl.arange(0, 16)[:, None]
     C = tl.arange(0, 16)[None, :]
     metadata = (N.to(tl.int64) * K) >> 2
@@ -133,7 +133,7 @@ def _mask24_kernel(w_ptr, out_ptr, N, K, stride_wn, stride_wk, GREEDY: tl.conste
     n = tl.program_id(1) * 64
     k = tl.program_id(0) * 64
     x = tiles.load(w_ptr, n, k, N, K, stride_wn, stride_wk, True)
-    mask = _choose(x, GREEDY)
+    mask = choose(x, GREEDY)
     rows = 4 * tl.arange(0, 16)[:, None]
     cols = tl.arange(0, 16)[None, :]
     inside = (n + rows < N) & (k + 4 * cols < K)
