@@ -19,7 +19,7 @@ from .fqn import parse_config
 from .model_names import check_names
 from .ops.definitions import mask24
 from .prune import PrunedWeight, pruned_weights
-from .shards import local_part, why_not_whole_tiles
+from .local_part import local_part, why_not_whole_tiles
 
 COLUMNS = ("flip_rate", "kept_magnitude", "kept_square", "dropped_gradient")
 _BITS = 8

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .config import Config
 from .prune import PrunedWeight, pruned_weights, site_of
 from .report import Report
-from .shards import local_part, why_not_whole_tiles
+from .local_part import local_part, why_not_whole_tiles
 from .vocabulary import TILE
 
 _AT_MOST = 8
