@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Literal, TypeAlias, get_args
 
 Mask: TypeAlias = Literal["optimal", "greedy"]
 GradWeight: TypeAlias = Literal["dense", "masked", "mvue"]
+Precision: TypeAlias = Literal["captured", "float8"]
 Backend: TypeAlias = Literal["auto", "cusparselt", "masked_dense"]
 
 InputMask: TypeAlias = Literal["optimal", "greedy", "rowwise"]
@@ -19,7 +21,15 @@ GradInput: TypeAlias = Literal["dense", "masked"]
 Tune: TypeAlias = Literal["auto", "off"]
 Require: TypeAlias = Literal["sparse"]
 
-_WEIGHT_CHOICES = {"mask": get_args(Mask), "grad_weight": get_args(GradWeight), "backend": get_args(Backend)}
+NORM_SCALE = 1.105
+"""|W| / |S(W)| of normally distributed weights: 1.1053 for the optimal masks, 1.1047 for the greedy ones."""
+
+_WEIGHT_CHOICES = {
+    "mask": get_args(Mask),
+    "grad_weight": get_args(GradWeight),
+    "precision": get_args(Precision),
+    "backend": get_args(Backend),
+}
 _INPUT_CHOICES = {"mask": get_args(InputMask), "grad_input": get_args(GradInput), "backend": get_args(Backend)}
 
 
@@ -56,12 +66,31 @@ class WeightSparsity:
     several micro-steps accumulate one, each of n adds it, so divide it by n, as the loss; a loss scaler scales it
     down with the rest, so multiply it by the scale or train in bfloat16. 0 turns it off."""
 
+    scale: float | Literal["norm"] = 1.0
+    """A factor of S(weight), which is then ``scale * weight`` where the mask keeps it, rounded to the dtype of the
+    parameter; the gradient stays straight-through. ``"norm"``: 1.105, which keeps the norm of normally distributed
+    weights, of which the masks keep 0.82 of the sum of squares (a fixed factor, as S-STE's, arXiv 2409.09099)."""
+
+    precision: Precision = "captured"
+    """``"captured"``: GEMMs multiply in the dtype that the graph has. ``"float8"``: those of output and grad_input
+    multiply values rounded to float8_e4m3fn, the input, grad_output and S(weight), each times a power of two: the
+    largest at which the largest magnitude of the tensor is at most 448 (of all of the stored weight, masked or not).
+    Sums are float32, results have the captured dtype. grad_weight stays in the captured precision."""
+
     backend: Backend = "auto"
     """``"auto"``: cuSPARSELt where it can run, else masked_dense. ``"cusparselt"``: the same, and on a CPU
     the slow reference kernels (for tests). ``"masked_dense"``: dense matmuls with the masked weight."""
 
+    @property
+    def factor(self) -> float:
+        """``scale`` as a number."""
+        return NORM_SCALE if self.scale == "norm" else float(self.scale)
+
     def __post_init__(self) -> None:
         _check_choices(self, _WEIGHT_CHOICES)
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if self.scale != "norm" and not (number and isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"WeightSparsity(scale={self.scale!r}): expected a finite number > 0 or 'norm'")
         if isinstance(self.decay, bool) or not isinstance(self.decay, (int, float)):
             raise ValueError(f"WeightSparsity(decay={self.decay!r}): expected a number >= 0")
         if not 0.0 <= self.decay < float("inf"):

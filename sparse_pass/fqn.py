@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import ActivationSparsity, Config, Scheme, WeightSparsity
+from .config import ActivationSparsity, Config, Scheme, WeightSparsity, scheme_text
 
 # Wrappers put these parts into a module path; they are no part of the name a user knows.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -112,6 +112,11 @@ def _parse_entry(text: str, scheme: Any) -> Pattern:
         raise ValueError(
             f"config[{text!r}] = {scheme!r}: expected a WeightSparsity or None (leave dense), or an ActivationSparsity,"
             f" or a tuple of one of each{hint}"
+        )
+    if isinstance(scheme, tuple) and any(getattr(part, "precision", "captured") != "captured" for part in scheme):
+        raise ValueError(
+            f"config[{text!r}] = {scheme_text(scheme)}: precision='float8' is for a weight scheme alone, as a 2:4 input"
+            " is multiplied in the captured precision; take ActivationSparsity or precision='float8' out"
         )
     if text.startswith("re:"):
         try:

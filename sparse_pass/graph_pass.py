@@ -22,6 +22,7 @@ from .one_graph import is_logged, rewrite_graph
 from .plan.costs import Measured
 from .plan.limits import Limits, device_limits
 from .report import Report, merge
+from .shared_graphs import with_sharing
 from .vocabulary import KERNEL_DTYPES
 
 
@@ -82,6 +83,8 @@ class SparsePass(CustomGraphPass):
                 return
         costs = Measured() if self.tune == "auto" else None
         report = rewrite_graph(graph, self.patterns, names, strict=self.strict, costs=costs)
+        if names is not None and names.sharing:
+            report = with_sharing(report, names.sharing)
         if self.require == "sparse":
             _insist(report, graph)
         self._reports.append((names, report))
@@ -182,9 +185,10 @@ class SparsePass(CustomGraphPass):
             since: how many reports to leave out.
         """
         rows = {
-            site.fqn
+            name
             for names, report in self._reports[since:]
             for site in report.sites
+            for name in (site.fqn, *site.serves)
             if not training or (site.training and (names is None or names.of_model))
         }
         cached = [names for names in list(self._awaited) if not training or (names.with_gradients and names.of_model)]

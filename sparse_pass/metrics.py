@@ -16,10 +16,10 @@ from torch.linalg import vector_norm
 
 from .config import Config
 from .fqn import parse_config
+from .local_part import local_part, why_not_whole_tiles
 from .model_names import check_names
 from .ops.definitions import mask24
 from .prune import PrunedWeight, pruned_weights
-from .local_part import local_part, why_not_whole_tiles
 
 COLUMNS = ("flip_rate", "kept_magnitude", "kept_square", "dropped_gradient")
 _BITS = 8
@@ -52,8 +52,9 @@ class Metrics:
         kept_square       sum (m W)^2 / sum W^2
         dropped_gradient  norm(G where m drops) / norm(G). NaN without a gradient
 
-    They are NaN too where all that they divide by is zero. Sums are in float32, on the device of the weight; nothing
-    waits for the device until ``read``. Between measurements one bit per weight is kept.
+    A ``scale`` of the scheme is left out: it is a known factor. Values are NaN too where they would divide by zero.
+    Sums are in float32, on the device of the weight; nothing waits for the device until ``read``. Between measurements
+    one bit per weight is kept.
 
     The layers are those of :func:`prune_`; those that it leaves dense are in ``skipped``, and warned of once. They are
     measured whether the step is a sparse one or, by a `Schedule`, a dense one. Of parameters that are sharded (DTensor,
@@ -133,9 +134,9 @@ class Metrics:
 
     def _values(self, one: PrunedWeight) -> Tensor:
         """The values of a layer, in the order of `COLUMNS`, float32 on its device."""
-        assert one.mask is not None
+        assert one.sparsity is not None
         weight = local_part(one.weight)
-        mask = mask24(weight, one.mask)
+        mask = mask24(weight, one.sparsity.mask)
         kept = weight.masked_fill(~mask, 0)
         ratios = [_norm(kept, order) / _norm(weight, order) for order in (1, 2)]
         if one.weight.grad is None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .config import Config, Mask, input_scheme, weight_scheme
+from .config import Config, WeightSparsity, input_scheme, weight_scheme
 from .fqn import Pattern, normalize, parse_config
 from .model_names import check_names, chosen_weights
 from .ops.definitions import mask24
@@ -34,8 +34,8 @@ def prune_(model: nn.Module, config: Config) -> Report:
 
     Args:
         model: any module; compiled or wrapped ones too.
-        config: names to schemes, as for :func:`sparse_backend`; only ``mask`` of a scheme counts, and only of
-            a `WeightSparsity` that stands alone.
+        config: names to schemes, as for :func:`sparse_backend`; only ``mask`` and ``scale`` of a scheme count, and
+            only of a `WeightSparsity` that stands alone. With a ``scale`` call it once: each call multiplies by it.
 
     Returns:
         Report: one site per weight, ``sparse`` or ``skipped``; M is ``"-"``, as no GEMM is involved.
@@ -47,13 +47,15 @@ def prune_(model: nn.Module, config: Config) -> Report:
     """
     found = list(pruned_weights(model, config))
     for one in found:
-        if one.mask is not None and one.weight.is_meta:
+        if one.sparsity is not None and one.weight.is_meta:
             raise ValueError(f"{one.name!r} is on the meta device: load its data before prune_")
-    kept = [(one.weight, mask24(one.weight.detach(), one.mask)) for one in found if one.mask is not None]
+    kept = [(one.weight, mask24(one.weight.detach(), how.mask), how.factor) for one in found if (how := one.sparsity)]
     with torch.no_grad():
-        for weight, mask in kept:
+        for weight, mask, scale in kept:
             # Not a product: 0 * inf would leave a NaN where the mask drops an infinity.
             weight.masked_fill_(~mask, 0)
+            if scale != 1:
+                weight.mul_(scale)
     return Report(sites=tuple(map(site_of, found)))
 
 
@@ -64,7 +66,7 @@ class PrunedWeight:
     name: str
     weight: nn.Parameter
     pattern: Pattern
-    mask: Mask | None
+    sparsity: WeightSparsity | None
     """None if it stays dense."""
     reason: str
     """Why it does."""
@@ -96,8 +98,8 @@ def pruned_weights(model: nn.Module, config: Config) -> Iterator[PrunedWeight]:
             reason = "the output is computed with the dense weight: of a pair it is the input that is 2:4 there"
         else:
             reason = why_shape_skipped(weight.shape) or ""
-        mask = None if reason or sparsity is None else sparsity.mask
-        yield PrunedWeight(name=name, weight=weight, pattern=pattern, mask=mask, reason=reason)
+        pruned_by = None if reason else sparsity
+        yield PrunedWeight(name=name, weight=weight, pattern=pattern, sparsity=pruned_by, reason=reason)
 
 
 def site_of(one: PrunedWeight) -> Site:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config
+from .local_part import local_part, why_not_whole_tiles
 from .prune import PrunedWeight, pruned_weights, site_of
 from .report import Report
-from .local_part import local_part, why_not_whole_tiles
 from .vocabulary import TILE
 
 _AT_MOST = 8
@@ -33,7 +33,7 @@ def verify24(model: nn.Module, config: Config) -> Report:
             weight without data (meta device), or a part of one that cuts tiles; and what ``prune_`` refuses.
     """
     found = list(pruned_weights(model, config))
-    wrong = [f"{one.name!r} {why}" for one in found if one.mask is not None and (why := _first_bad_group(one))]
+    wrong = [f"{one.name!r} {why}" for one in found if one.sparsity is not None and (why := _first_bad_group(one))]
     if wrong:
         more = f"; and {len(wrong) - _AT_MOST} more" if len(wrong) > _AT_MOST else ""
         raise ValueError(

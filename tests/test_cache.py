@@ -387,7 +387,14 @@ def test_second_process(way: str, processes: list[dict[str, Any]]) -> None:
 
 # What makes a key
 
-OTHER = {"mask": "greedy", "grad_weight": "masked", "decay": 0.5, "backend": "masked_dense"}
+OTHER = {
+    "mask": "greedy",
+    "grad_weight": "masked",
+    "decay": 0.5,
+    "scale": 2.0,
+    "precision": "float8",
+    "backend": "masked_dense",
+}
 """For every field of the scheme a value that is not SPARSE's."""
 
 

@@ -36,7 +36,7 @@ ALLOWED = {
     "capture": "graph_pass",
     "dynamo": "config dynamo fqn model_names",
     "usage": "",
-    "graph_pass": "config fqn graph one_graph ops plan report vocabulary",
+    "graph_pass": "config fqn graph one_graph ops plan report shared_graphs vocabulary",
     "one_graph": "apply config fqn graph plan report",
     "metrics": "config fqn model_names ops prune local_part",
     "verify": "config local_part prune report vocabulary",
@@ -58,7 +58,8 @@ CONTRACT = {
     "Metrics": "(model, config, *, every=50)",
     "Schedule": "(backend, start=0, stop=None, *, patterns=None)",
     "ActivationSparsity": "(*, mask='optimal', grad_input='dense', backend='auto')",
-    "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, backend='auto')",
+    "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, scale=1.0, precision='captured',"
+    " backend='auto')",
     "sparse_backend": "(config, *, model=None, inner='inductor', strict=False, tune='auto', require=None,"
     " **inductor_options)",
     "SparsePass": "(config, *, strict=False, tune='auto', require=None)",

@@ -210,6 +210,23 @@ def test_wrappers_change_nothing(
     check(make(), config, names, compile, with_model=with_model)
 
 
+class Region(Block):
+    """Dynamo captures it once for all that are alike."""
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_regions_that_share_a_graph() -> None:
+    report = check(Net(3, Region), FC1, {f"blocks.{i}.fc1" for i in range(3)}, whole)
+    assert report.notes == ("the graph of blocks.1 also serves blocks.2",)
+    model = Net(3, Region)
+    backend = sp.sparse_backend({"blocks.1.fc1": W24}, model=model, inner="aot_eager")
+    with pytest.raises(Exception, match=r"'blocks.1.fc1.weight', 'blocks.2.fc1.weight' share one graph .*differently"):
+        torch.compile(model, backend=backend)(batch())
+
+
 def test_weights_of_dynamic_sizes_are_skipped_with_the_remedy() -> None:
     """Tensors that functional_call is given are inputs: with ``dynamic=True`` their sizes are symbols."""
     model, x = Net(), batch()

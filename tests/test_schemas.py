@@ -8,6 +8,7 @@ import torch
 import sparse_pass.one_graph  # noqa: F401  (registers the operators)
 
 SCHEMAS = {
+    "float8_scale": "(Tensor tensor, float factor=1.) -> Tensor",
     "grad_weight": "(Tensor packed, Tensor input, SymInt out_features, *, bool tuned=False) -> Tensor",
     "input_grad_weight": "(Tensor packed_t, Tensor grad_output, SymInt in_features, *, bool tuned=False) -> Tensor",
     "input_linear": "(Tensor packed, Tensor weight, SymInt rows, *, bool tuned=False) -> Tensor",
@@ -15,11 +16,12 @@ SCHEMAS = {
     "linear": "(Tensor input, Tensor packed, Tensor? bias, SymInt out_features, *, bool tuned=False) -> Tensor",
     "mask24": "(Tensor weight, str mask) -> Tensor",
     "mvue24": "(Tensor grad, Tensor seed) -> Tensor",
-    "sparsify": "(Tensor weight, str mask, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    "round_float8": "(Tensor tensor, Tensor scale) -> Tensor",
+    "sparsify": "(Tensor weight, str mask, *, ScalarType? dtype=None, float scale=1.) -> (Tensor, Tensor)",
     "sparsify_input": "(Tensor input, Tensor? gate, str mask, str activation) -> (Tensor, Tensor)",
     "sparsify_mvue": "(Tensor grad, Tensor seed) -> Tensor",
     "sparsify_mvue_sum": "(Tensor grad, Tensor seed) -> (Tensor, Tensor)",
-    "sparsify_one": "(Tensor weight, str mask, bool transposed, *, ScalarType? dtype=None) -> Tensor",
+    "sparsify_one": "(Tensor weight, str mask, bool transposed, *, ScalarType? dtype=None, float scale=1.) -> Tensor",
 }
 
 

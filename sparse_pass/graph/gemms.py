@@ -169,6 +169,12 @@ def weight_place(use: Use) -> int:
     return next(at for at, _ in weight_places(use.gemm) if use.gemm.args[at] is use.operand)
 
 
+def other_place(gemm: Node, place: int) -> int:
+    """Where a GEMM has the operand that it multiplies by the one at ``place``."""
+    with_bias = gemm.target in (aten.addmm.default, aten.baddbmm.default, aten.addmv.default)
+    return (3 if with_bias else 1) - place
+
+
 def operand_of(gemm: Node, place: int) -> Node:
     """The tensor that a GEMM reads there, as the graph has it now."""
     return cast(Node, gemm.args[place])

@@ -26,7 +26,24 @@ def input_mask24(input: Tensor, mask: str) -> None:
         )
 
 
-def sparsify(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> None:
+def float8_scale(tensor: Tensor, factor: float = 1.0) -> None:
+    if not _is_compared(tensor):
+        raise ValueError(f"a float8 scale is of float16, bfloat16, float32 or float64, not {tensor.dtype}")
+    if any(isinstance(size, int) and size == 0 for size in tensor.shape):
+        raise ValueError(f"an empty tensor {list(tensor.shape)} has no largest magnitude; leave it as it is")
+
+
+def round_float8(tensor: Tensor, scale: Tensor) -> None:
+    if not _is_compared(tensor):
+        raise ValueError(f"float16, bfloat16, float32 or float64 is rounded to float8, not {tensor.dtype}")
+    if scale.dtype != torch.float32 or scale.dim() != 0 or scale.device != tensor.device:
+        raise ValueError(
+            f"scale is {scale.dtype} {list(scale.shape)} on {scale.device}; it must be one float32 without dims on"
+            f" {tensor.device}, as float8_scale gives it"
+        )
+
+
+def sparsify(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None, scale: float = 1.0) -> None:
     mask24(weight, mask)
     _matrix(weight, KERNEL_TILE, "use the masked dense weight, weight * mask24(weight)")
     if weight.numel() == 0:
@@ -39,8 +56,10 @@ def sparsify(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> 
         )
 
 
-def sparsify_one(weight: Tensor, mask: str, transposed: bool, *, dtype: torch.dtype | None = None) -> None:
-    sparsify(weight, mask, dtype=dtype)
+def sparsify_one(
+    weight: Tensor, mask: str, transposed: bool, *, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> None:
+    sparsify(weight, mask, dtype=dtype, scale=scale)
 
 
 def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> None:

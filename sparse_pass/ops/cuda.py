@@ -70,21 +70,23 @@ def _has_triton(device: torch.device) -> bool:
 # Packed
 
 
-def sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     with _current(weight):
         backend = backend_of(weight.device, dtype or weight.dtype)
         if (pack := backend.packer("sparsify", weight.dtype)) is not None:
-            return pack(weight, mask, dtype or weight.dtype)  # type: ignore[no-any-return]
-        masked = _masked(weight, mask).to(dtype or weight.dtype)
+            return pack(weight, mask, dtype or weight.dtype, scale)  # type: ignore[no-any-return]
+        masked = (_masked(weight, mask) * scale).to(dtype or weight.dtype)
         return backend.pack(masked), backend.pack(masked.T)
 
 
-def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype | None = None) -> Tensor:
+def sparsify_one(
+    weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> Tensor:
     with _current(weight):
         backend = backend_of(weight.device, dtype or weight.dtype)
         if (pack := backend.packer("sparsify_one", weight.dtype)) is not None:
-            return pack(weight, mask, transposed, dtype or weight.dtype)  # type: ignore[no-any-return]
-        masked = _masked(weight, mask).to(dtype or weight.dtype)
+            return pack(weight, mask, transposed, dtype or weight.dtype, scale)  # type: ignore[no-any-return]
+        masked = (_masked(weight, mask) * scale).to(dtype or weight.dtype)
         return backend.pack(masked.T if transposed else masked)
 
 

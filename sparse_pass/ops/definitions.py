@@ -4,7 +4,9 @@ Of weights W [N, K], inputs X [M, K] and gradients dY [M, N]; Mp is M rounded up
 
     mask24            W -> bool [N, K]                   input_mask24       X [..., K] -> bool [..., K]
     mvue24            dY -> MVUE(dY) [M, N], dense
-    sparsify          W -> S(W) [N, K] and S(W)^T [K, N], packed
+    float8_scale      T -> its scale, a power of two: float32, no dims
+    round_float8      T, scale -> T rounded to float8, in its own dtype
+    sparsify          W -> scale S(W) [N, K] and its transpose [K, N], packed
     sparsify_one      W -> one of the two
     sparsify_input    X -> S(x) [Mp, K] and S(x)^T [K, Mp], packed       x = activation(X), or of X and a gate
     sparsify_mvue     dY -> MVUE(dY)^T [N, Mp], packed
@@ -26,7 +28,7 @@ from torch import Tensor
 from ..vocabulary import KERNEL_TILE, PRODUCTS, Form, packed_numel, padded
 from . import checks, cuda
 from .define import Kernels, define
-from .reference import gradients, inputs, weights
+from .reference import float8, gradients, inputs, weights
 from .reference.products import product
 
 
@@ -75,19 +77,36 @@ MVUE24 = define(
     cuda=cuda.mvue24,
 )
 
+# Float8
+
+FLOAT8_SCALE = define(
+    "float8_scale(Tensor tensor, float factor=1.0) -> Tensor",
+    check=checks.float8_scale,
+    fake=lambda tensor, factor=1.0: tensor.new_empty([], dtype=torch.float32),
+    cpu=float8.scale,
+    cuda=float8.scale,
+)
+ROUND_FLOAT8 = define(
+    "round_float8(Tensor tensor, Tensor scale) -> Tensor",
+    check=checks.round_float8,
+    fake=lambda tensor, scale: torch.empty_like(tensor),
+    cpu=float8.rounded,
+    cuda=float8.rounded,
+)
+
 # Packed
 
 SPARSIFY = define(
-    "sparsify(Tensor weight, str mask, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    "sparsify(Tensor weight, str mask, *, ScalarType? dtype=None, float scale=1.0) -> (Tensor, Tensor)",
     check=checks.sparsify,
-    fake=lambda weight, mask, dtype=None: (_packed(weight, dtype), _packed(weight, dtype)),
+    fake=lambda weight, mask, dtype=None, scale=1.0: (_packed(weight, dtype), _packed(weight, dtype)),
     cpu=weights.sparsify,
     cuda=cuda.sparsify,
 )
 SPARSIFY_ONE = define(
-    "sparsify_one(Tensor weight, str mask, bool transposed, *, ScalarType? dtype=None) -> Tensor",
+    "sparsify_one(Tensor weight, str mask, bool transposed, *, ScalarType? dtype=None, float scale=1.0) -> Tensor",
     check=checks.sparsify_one,
-    fake=lambda weight, mask, transposed, dtype=None: _packed(weight, dtype),
+    fake=lambda weight, mask, transposed, dtype=None, scale=1.0: _packed(weight, dtype),
     cpu=weights.sparsify_one,
     cuda=cuda.sparsify_one,
 )

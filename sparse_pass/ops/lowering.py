@@ -145,7 +145,7 @@ def _lower_product(form: Form) -> Callable[..., Any]:
 
 def _lower_packer(name: str, count: int) -> Callable[..., Any]:
     op = getattr(_sparse_ops, name).default
-    has_dtype = any(argument.name == "dtype" for argument in op._schema.arguments)
+    is_weight = any(argument.name == "dtype" for argument in op._schema.arguments)
 
     def lower(source: Any, *rest: Any, **kwargs: Any) -> Any:
         device, dtype = source.get_device(), kwargs.get("dtype") or source.get_dtype()
@@ -159,7 +159,9 @@ def _lower_packer(name: str, count: int) -> Callable[..., Any]:
         # Tensors come first, and None in the place of one among the constants.
         inputs = [_stride1(x) for x in (source, *rest) if isinstance(x, ir.IRNode)]
         constants = [x for x in rest if not isinstance(x, ir.IRNode)]
-        return _making(kernel, layouts, inputs, [*constants, dtype] if has_dtype else constants)
+        if is_weight:
+            constants += [dtype, kwargs.get("scale", 1.0)]
+        return _making(kernel, layouts, inputs, constants)
 
     return lower
 

@@ -12,6 +12,7 @@ from ..config import ActivationSparsity, Scheme, WeightSparsity, input_scheme, w
 from ..graph.gemms import GradWeightGemm, Linear, Use, aten, is_flip, made_by
 from ..graph.inputs import Input, input_of
 from ..vocabulary import GRAD_TILE, KERNEL_DTYPES, KERNEL_TILE, MIN_CAPABILITY, TILE
+from .float8 import why_no_float8
 from .limits import Limits
 from .table import Estimator
 from .values import Reason
@@ -40,7 +41,7 @@ def why_skipped(linear: Linear, scheme: Scheme) -> str | None:
         return f"the weight is {weight.dtype}: expected float16, bfloat16, float32 or float64"
     reason = None
     if weight_scheme(scheme) is not None:
-        reason = why_shape_skipped(weight.shape)
+        reason = why_shape_skipped(weight.shape) or why_no_float8(linear, scheme)
     if input_scheme(scheme) is not None:
         reason = reason or _why_input_skipped(linear)
     return reason
@@ -85,6 +86,8 @@ def why_not_sparse(use: Use, weight: Node, scheme: WeightSparsity, limits: Limit
         return "the GEMM reads what the graph computes from the weight"
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
+    if scheme.precision == "float8":
+        return "float8 has no 2:4 kernels yet: the same numbers are multiplied in the captured precision"
     return _why_no_device(scheme, limits) or _why_no_call(use) or _why_no_kernel(use, weight)
 
 

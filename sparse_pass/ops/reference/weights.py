@@ -200,13 +200,17 @@ def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
     return dense.scatter_(-1, index, values).view(rows, cols)
 
 
-def sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """S(W) and S(W)^T packed: the mask is chosen on `weight` as stored, the values are rounded to `dtype` after."""
+def sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """scale * S(W) and its transpose packed: the mask is chosen on `weight` as stored, in whose dtype the product by
+    `scale` is rounded; then the values are rounded to `dtype`."""
     kept = mask24(weight, mask)
-    values = weight.detach().to(dtype or weight.dtype)
+    values = weight.detach() if scale == 1 else weight.detach() * scale
+    values = values.to(dtype or weight.dtype)
     return pack(values, kept), pack(values.T, kept.T)
 
 
-def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype | None = None) -> Tensor:
+def sparsify_one(
+    weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> Tensor:
     """One of the two."""
-    return sparsify(weight, mask, dtype)[int(transposed)]
+    return sparsify(weight, mask, dtype, scale)[int(transposed)]
