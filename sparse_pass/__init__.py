@@ -7,7 +7,7 @@ model = torch.compile(model, backend=sp.sparse_backend(config, model=model))
 """
 
 from .backend import sparse_backend
-from .config import ActivationSparsity, WeightSparsity
+from .config import ActivationSparsity, GradientSparsity, WeightSparsity
 from .explain import explain
 from .graph_pass import SparsePass
 from .inductor import inductor_options
@@ -21,6 +21,7 @@ from .verify import verify24
 
 __all__ = [
     "ActivationSparsity",
+    "GradientSparsity",
     "Metrics",
     "Report",
     "Schedule",

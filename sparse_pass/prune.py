@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .config import Config, WeightSparsity, input_scheme, weight_scheme
+from .config import Config, WeightSparsity, gradient_scheme, input_scheme, weight_scheme
 from .fqn import Pattern, normalize, parse_config
 from .model_names import check_names, chosen_weights
 from .ops.definitions import mask24
@@ -30,7 +30,7 @@ def prune_(model: nn.Module, config: Config) -> Report:
     The mask is the one that training used, so the pruned model computes in plain eager or compiled
     dense PyTorch what it computed under the pass. Of a weight whose input was the 2:4 operand of the output, by
     itself or in a pair with the weight, nothing is written: the output was computed with the dense weight, and with
-    a 2:4 input that a dense model does not have.
+    a 2:4 input that a dense model does not have. Nor is anything written where only gradients were 2:4.
 
     Args:
         model: any module; compiled or wrapped ones too.
@@ -93,7 +93,9 @@ def pruned_weights(model: nn.Module, config: Config) -> Iterator[PrunedWeight]:
                 f" call {_removal(model, name)} first, or map it to None"
             )
         if sparsity is None:
-            reason = "the scheme is of the input only: the weight stays dense"
+            said = {"the input": input_scheme(scheme), "gradients": gradient_scheme(scheme)}
+            what = " and ".join(text for text, part in said.items() if part is not None)
+            reason = f"the scheme is of {what} only: the weight stays dense"
         elif input_scheme(scheme) is not None:
             reason = "the output is computed with the dense weight: of a pair it is the input that is 2:4 there"
         else:

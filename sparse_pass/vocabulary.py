@@ -33,7 +33,7 @@ MIN_CAPABILITY = (8, 0)
 MASKS = ("optimal", "greedy")
 """Masks of 4x4 tiles, two of four along rows and columns."""
 
-Form = Literal["linear", "grad_weight", "input", "input_grad_weight"]
+Form = Literal["linear", "grad_weight", "input", "input_grad_weight", "grad_input"]
 FORMS: tuple[Form, ...] = get_args(Form)
 _Size = TypeVar("_Size")
 
@@ -82,6 +82,7 @@ class Product:
 #   "grad_weight"        MVUE(dY)^T [N, K]    X   [K, M]        [N, M]   grad_weight; K of it is padded rows
 #   "input"              S(X)    [N, K]       W   [M, K]        [N, M]   output; N of it is padded rows
 #   "input_grad_weight"  S(X)^T  [N, K]       dY  [K, M]        [M, N]   grad_weight; K of it is padded rows
+#   "grad_input"         MVUE(dY) [N, K]      W   [K, M]        [N, M]   grad_input; N of it is padded rows
 PRODUCTS: dict[Form, Product] = {
     "linear": Product(op="linear", structured="weight", b_transposed=True, d_transposed=True, rows="m"),
     "grad_weight": Product(
@@ -91,6 +92,7 @@ PRODUCTS: dict[Form, Product] = {
     "input_grad_weight": Product(
         op="input_grad_weight", structured="input", b_transposed=False, d_transposed=True, rows="k"
     ),
+    "grad_input": Product(op="grad_input", structured="grad_output", b_transposed=False, d_transposed=False, rows="n"),
 }
 
 

@@ -81,8 +81,9 @@ def check_gradients() -> None:
         (packed, sums), expected = (kernels.sparsify_mvue_sum(finite, seed) for kernels in (mvue, reference_gradients))
         assert_same_packed(packed, expected[0], (rows, cols))
         torch.testing.assert_close(sums, expected[1])
-    odd = gradient(70, 36)  # no multiple of 64: dense only
-    assert_same(mvue.mvue24(odd, seed), reference_gradients.mvue24(odd, seed), "odd")
+    for odd in (gradient(70, 50), gradient(70, 64).T):  # no multiple of 64, as of a transpose; and that
+        assert_same(mvue.mvue24(odd, seed), reference_gradients.mvue24(odd, seed), "odd")
+        assert_same_packed(mvue.sparsify_mvue(odd, seed), reference_gradients.sparsify_mvue(odd, seed), "odd")
 
 
 def check_bfloat16_gradients() -> None:

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
-from sparse_pass.config import Scheme, weight_scheme
+from sparse_pass.config import Scheme, input_scheme, weight_scheme
 
 DTYPES = {
     "float64": torch.float64,
@@ -355,7 +355,8 @@ class Place:
 
     def takes(self, scheme: Scheme) -> bool:
         """Whether there are the 2:4 masks that a scheme asks for."""
-        return self.k % 4 == 0 and (weight_scheme(scheme) is None or self.n % 4 == 0)
+        on_weight, on_input = weight_scheme(scheme) is not None, input_scheme(scheme) is not None
+        return (self.k % 4 == 0 or not (on_weight or on_input)) and (self.n % 4 == 0 or not on_weight)
 
 
 def places(network: Network) -> list[Place]:
@@ -416,11 +417,21 @@ _inputs = st.builds(
     grad_input=st.sampled_from(["dense", "masked"]),
     backend=_backends,
 )
-_of_pairs = _weights("dense", "masked", "mvue")
+_gradients = st.builds(
+    lambda estimated, backend: sp.GradientSparsity(
+        grad_weight="mvue" if "grad_weight" in estimated else "dense",
+        grad_input="mvue" if "grad_input" in estimated else "dense",
+        backend=backend,
+    ),
+    st.sampled_from(["grad_weight", "grad_input", "grad_weight grad_input"]),
+    _backends,
+)
+_of_pairs = st.one_of(_weights("dense", "masked", "mvue"), _gradients)
 schemes = st.one_of(
     _weights("dense", "masked"),
     _weights("mvue"),
     _inputs,
+    _gradients,
     st.one_of(st.tuples(_of_pairs, _inputs), st.tuples(_inputs, _of_pairs)),
 )
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_pass as sp
-from sparse_pass.config import input_scheme, weight_scheme
+from sparse_pass.config import gradient_scheme, input_scheme, weight_scheme
 from sparse_pass.ops import definitions
 from sparse_pass.ops.reference import compiled
 from sparse_pass.ops.reference import gradients as reference_gradients
@@ -104,8 +104,8 @@ class Match:
         self.seen, self.like = seen, like
         self.inputs: list[int] = []
         self.grads: list[int | None] = []
-        self.drawn: dict[str, set[bool]] = defaultdict(set)
-        """By the name of a place: whether its gradients were drawn."""
+        self.drawn: dict[tuple[str, str], set[bool]] = defaultdict(set)
+        """By the name of a place and of a GEMM: whether what it reads was drawn."""
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def input(self, x: Tensor) -> Tensor:
@@ -121,10 +121,13 @@ class Match:
         self.pairs.append((self.seen.inputs[at].to(x.dtype), x.detach()))
         return self.seen.inputs[at]
 
-    def grad(self, grad: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
-        """What was seen of a grad_output, and the seed; None if it stayed dense, or is empty: those are all alike."""
+    def grad(self, grad: Tensor, name: str, gemm: str) -> Tensor:
+        """The estimate of a grad_output, or of its transpose, from what was seen and the seed.
+
+        Itself if it stayed dense, or is empty: those are all alike.
+        """
         if grad.numel() == 0:
-            return None
+            return grad
         if self.like is not None:
             at = self.like.grads[len(self.grads)]
         else:
@@ -133,11 +136,11 @@ class Match:
             if at is not None and _distance(left[at], grad) > 0.5 * float(grad.double().norm()):
                 at = None
         self.grads.append(at)
-        self.drawn[name].add(at is not None)
+        self.drawn[name, gemm].add(at is not None)
         if at is None:
-            return None
+            return grad
         self.pairs.append((self.seen.grads[at][0].to(grad.dtype), grad))
-        return self.seen.grads[at]
+        return reference_gradients.mvue24(*self.seen.grads[at]).to(grad.dtype)
 
     def check_all_taken(self, tolerance: float) -> None:
         """Nothing was masked or drawn that the reference has not."""
@@ -178,16 +181,18 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w, kept, kept_x = ctx.saved_tensors
-        on_weight, on_input = weight_scheme(ctx.scheme), input_scheme(ctx.scheme)
-        grad_weight = None
-        grad_input = grad @ _masked(w, kept)
-        if on_input is not None and on_input.grad_input == "masked":
+        on_weight, on_input, on_grad = (of(ctx.scheme) for of in (weight_scheme, input_scheme, gradient_scheme))
+        grad_weight = grad_input = None
+        if ctx.needs_input_grad[0]:
+            estimate = grad
+            if isinstance(on_grad, sp.GradientSparsity) and on_grad.grad_input == "mvue":
+                estimate = ctx.match.grad(grad.T, ctx.name, "grad_input").T
+            grad_input = estimate @ _masked(w, kept)
+        if grad_input is not None and on_input is not None and on_input.grad_input == "masked":
             grad_input = _masked(grad_input, kept_x)
         if ctx.needs_input_grad[1]:
-            if on_weight is not None and on_weight.grad_weight == "mvue":
-                drawn = ctx.match.grad(grad, ctx.name)
-                estimate = grad if drawn is None else reference_gradients.mvue24(*drawn).to(grad.dtype)
-                grad_weight = estimate.T @ x
+            if on_grad is not None and on_grad.grad_weight == "mvue":
+                grad_weight = ctx.match.grad(grad, ctx.name, "grad_weight").T @ x
             else:
                 grad_weight = grad.T @ _masked(x, kept_x)
             if on_weight is not None and on_weight.grad_weight == "masked":
@@ -228,7 +233,7 @@ def _multiplied(x: Tensor, block: Block, scheme: Scheme, match: Match, name: str
 
 
 def has_kernel(
-    scheme: sp.WeightSparsity | sp.ActivationSparsity | None,
+    scheme: sp.WeightSparsity | sp.ActivationSparsity | sp.GradientSparsity | None,
     dtype: torch.dtype,
     sizes: Sequence[int],
     multiples: Sequence[int],

@@ -81,8 +81,12 @@ def test_gradients_are_the_reference(dtype):
         # Another order of additions, of terms that may cancel.
         scale = float(grad.float().nan_to_num(0, 0, 0).abs().max())
         torch.testing.assert_close(their_sums.cpu(), sums, rtol=1e-4, atol=1e-5 * scale, equal_nan=True)
-    grad = gradient(70, 51, dtype)  # no multiple of 64: dense only
-    assert torch.equal(bits(sparse.mvue24(grad, one).cpu()), bits(reference_gradients.mvue24(grad.cpu(), one.cpu())))
+    for grad in (gradient(70, 51, dtype), gradient(70, 128, dtype).T):  # no multiple of 64, as of a transpose; and that
+        on_cpu = grad.cpu(), one.cpu()
+        assert torch.equal(bits(sparse.mvue24(grad, one).cpu()), bits(reference_gradients.mvue24(*on_cpu)))
+        assert_same_packed(
+            sparse.sparsify_mvue(grad, one).cpu(), reference_gradients.sparsify_mvue(*on_cpu), grad.shape
+        )
     assert sparse.sparsify_mvue(grad.new_empty(0, 64), one).numel() == 0
 
 
@@ -184,6 +188,10 @@ def test_products_of_odd_sizes_and_strides():
         drawn, estimate = sparse.sparsify_mvue(grad, seed(1)), sparse.mvue24(grad, seed(1))
         for same in strides(odd):
             assert_as_exact_as_dense(sparse.grad_weight(drawn, same, 64), estimate.T, odd, (rows, n))
+        weight, estimate = normal(64, n, dtype=dtype), sparse.mvue24(grad.T, seed(1))
+        for same in strides(weight):
+            product = sparse.grad_input(sparse.sparsify_mvue(grad.T, seed(1)), same, rows)
+            assert_as_exact_as_dense(product, estimate.T, weight, (rows, n))
 
 
 @DTYPES

@@ -58,6 +58,7 @@ CONTRACT = {
     "Metrics": "(model, config, *, every=50)",
     "Schedule": "(backend, start=0, stop=None, *, patterns=None)",
     "ActivationSparsity": "(*, mask='optimal', grad_input='dense', backend='auto')",
+    "GradientSparsity": "(*, grad_weight='mvue', grad_input='dense', backend='auto')",
     "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, scale=1.0, precision='captured',"
     " backend='auto')",
     "sparse_backend": "(config, *, model=None, inner='inductor', strict=False, tune='auto', require=None,"
@@ -239,7 +240,7 @@ def test_documented(name: str) -> None:
     text = inspect.getdoc(public) or ""
     assert len(text) > 40
     assert not text.startswith(f"{name}("), "that is the docstring which dataclass makes"
-    if name in ("ActivationSparsity", "WeightSparsity"):
+    if name in ("ActivationSparsity", "GradientSparsity", "WeightSparsity"):
         # Field docstrings, which only the source has.
         text += inspect.getsource(public)
         (body,) = ast.parse(inspect.getsource(public)).body

@@ -170,6 +170,14 @@ def test_rows_of_inputs_and_gradients_that_are_padded(model: nn.Module, rows: in
     assert found == ({**INPUT_CALLS, **GRADIENT_CALLS, "sparsify_mvue_sum": 1}, {})
 
 
+@pytest.mark.parametrize("rows", [64, 5])
+def test_direct_calls_for_gradients_alone(model: nn.Module, rows: int) -> None:
+    """The weight is read as it lies; up has no bias, whose gradient would be summed on the way."""
+    gradients = sp.GradientSparsity(grad_input="mvue", backend="cusparselt")
+    direct = {"sparsify_mvue": 1, "sparsify_mvue_sum": 1, "grad_weight_into": 1, "grad_input_into": 1}
+    assert calls(model, leaf(rows, 64), {"down": gradients}) == (direct, {})
+
+
 def test_rows_of_inputs_and_gradients_of_unknown_number(model: nn.Module) -> None:
     direct, by_op = calls(model, leaf(192, 64), INPUT_AND_GRADIENT, dynamic=True)
     assert direct == {"sparsify": 1}

@@ -221,6 +221,7 @@ def test_results_that_change_from_launch_to_launch(
         ("S(W)", "greedy", "sparsify", "mask24"),
         ("S(X)", "optimal", "sparsify_input", "mask24"),
         ("MVUE(dY)", "", "sparsify_mvue", "mvue24"),
+        ("MVUE(dY^T)", "", "sparsify_mvue", "mvue24"),
     ],
 )
 def test_what_an_operand_costs(

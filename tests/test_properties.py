@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -48,7 +49,7 @@ from torch._inductor import config as inductor_config
 from torch.utils._pytree import tree_map
 
 import sparse_pass as sp
-from sparse_pass.config import input_scheme, weight_scheme
+from sparse_pass.config import gradient_scheme, input_scheme, weight_scheme
 
 DEVICE = os.environ.get("SPARSE_PASS_DEVICE", "cpu")
 SEED = int(os.environ.get("SPARSE_PASS_SEED", "0"))
@@ -98,7 +99,7 @@ def check(example: Example, inner: str, masked: Callable[[Example, Place], Any] 
 
     options = {"backward": example.training and _has_leaves(example, network), "context": partial(modes, example)}
     tolerance = TOLERANCE[gemm_dtype(example)]
-    drawn: dict[str, set[bool]] = {}
+    drawn: dict[tuple[str, str], set[bool]] = {}
     # As eager calls round: between ops that it fuses Inductor keeps float32, and a relu of nearly zero can tell.
     rounded = inductor_config.patch(emulate_precision_casts=True)
     with fresh_compile(), rounded, invariants_checked(), torch.set_grad_enabled(example.training):
@@ -225,29 +226,30 @@ def _check_site(site: sp.Site, place: Place, layer: Layer, dtype: torch.dtype) -
         assert (site.status, site.output, site.fused) == ("skipped", "dense", None), str(site)
         assert "multiple" in site.reason, str(site)
         return
-    on_weight, on_input = weight_scheme(site.scheme), input_scheme(site.scheme)
-    mvue = on_weight is not None and on_weight.grad_weight == "mvue"
+    on_weight, on_input, on_grad = (of(site.scheme) for of in (weight_scheme, input_scheme, gradient_scheme))
+    mvue = {name for name in ("grad_weight", "grad_input") if getattr(on_grad, name, None) == "mvue"}
     # Torch makes a bmm of a linear whose input cannot be viewed as rows, if its weight, or a cast of it, is frozen.
     other_op = "the graph has it as" in site.reason
-    left_dense = mvue and site.grad_weight == "dense"
-    if left_dense:
-        assert "not as one matmul of grad_output and input; left dense" in site.reason, str(site)
-    else:
+    left_dense = {name for name in mvue if getattr(site, name) == "dense"}
+    for name in left_dense:
+        reason = rf"{name}: the graph has it as \S+, not as one matmul of grad_output and"
+        assert re.search(reason, site.reason), str(site)
+    if not left_dense:
         assert not any(word in site.reason for word in ("left dense", "left as captured")), str(site)
     assert "not found" not in site.reason, str(site)
 
-    def possible(scheme: sp.WeightSparsity | sp.ActivationSparsity | None, *multiples: int) -> bool:
+    def possible(scheme: Any, *multiples: int) -> bool:
         return has_kernel(scheme, dtype, (n, k), multiples, DEVICE)
 
-    by_weight, by_grad = possible(on_weight, 64, 64), mvue and possible(on_weight, 64, 16)
+    by_weight, by_grad = possible(on_weight, 64, 64), possible(on_grad, 64, 16)
     by_input = possible(on_input, 16, 64) and on_input is not None and on_input.mask != "rowwise"
     for gemm, expected in {
-        "output": by_weight if on_input is None else by_input,
-        "grad_input": by_weight if on_weight is not None else None,
-        "grad_weight": by_grad if mvue else by_input if on_input is not None else None,
+        "output": by_input if on_input is not None else by_weight if on_weight is not None else None,
+        "grad_input": by_grad if "grad_input" in mvue else by_weight if on_weight is not None else None,
+        "grad_weight": by_grad if "grad_weight" in mvue else by_input if on_input is not None else None,
     }.items():
         kernel = getattr(site, gemm)
-        if kernel is None or (gemm == "grad_weight" and left_dense):
+        if kernel is None or gemm in left_dense:
             continue
         if expected is None:
             assert kernel == "dense", f"{gemm}: {site}"
@@ -276,23 +278,24 @@ def _check_fused(site: sp.Site, example: Example, block: Block, previous: Block 
     plain &= name != "relu" and example.layout == "contiguous"  # relu's gradient reads its result
     checkpointed = block.layer.checkpointed or previous.layer.checkpointed
     sparse = site.output == KERNEL and site.grad_weight in (None, KERNEL) and scheme.grad_input == "dense"
-    mvue = isinstance(site.scheme, tuple) and weight_scheme(site.scheme).grad_weight == "mvue"  # reads all of the input
+    on_grad = gradient_scheme(site.scheme)
+    mvue = on_grad is not None and on_grad.grad_weight == "mvue"  # reads all of the input
     frozen = site.grad_weight is None
     assert not (plain and sparse) or checkpointed or mvue or frozen, f"not fused: {site}"
 
 
-def _check_drawn(report: sp.Report, drawn: dict[str, set[bool]]) -> None:
+def _check_drawn(report: sp.Report, drawn: dict[tuple[str, str], set[bool]]) -> None:
     """The gradients that the report says are 2:4 were drawn, and no others."""
     if any(site.serves for site in report.sites):
         return
-    for name, which in drawn.items():
-        said = {site.grad_weight != "dense" for site in report.sites if site.fqn == name and site.grad_weight}
-        assert which <= said, f"drawn for {name}: {which}\n{report}"
+    for (name, gemm), which in drawn.items():
+        said = {getattr(site, gemm) != "dense" for site in report.sites if site.fqn == name and getattr(site, gemm)}
+        assert which <= said, f"drawn for {gemm} of {name}: {which}\n{report}"
 
 
 def _reproduce(example: Example, inner: str) -> str:
     """A line for a shell in the tests' folder."""
-    imports = "from sparse_pass import ActivationSparsity, WeightSparsity; from test_properties import *"
+    imports = "from sparse_pass import *; from test_properties import *"
     return f"""SPARSE_PASS_DEVICE={DEVICE} python -c "{imports}; print(check({example!r}, {inner!r}))" """
 
 
@@ -350,6 +353,7 @@ def changed(**fields: Any) -> Callable[[Example, Place], Any]:
 
 INPUTS = replace(PLAIN, config=(("blocks.*.fc", sp.ActivationSparsity(grad_input="masked")),))
 DRAWN = replace(PLAIN, config=(("blocks.*.fc", sp.WeightSparsity(grad_weight="mvue")),), batch=(12,))
+GRADIENTS = replace(PLAIN, config=(("blocks.*.fc", sp.GradientSparsity(grad_input="mvue")),), batch=(12,))
 PAIR = replace(PLAIN, config=(("blocks.*.fc", (sp.WeightSparsity(), sp.ActivationSparsity())),))
 
 
@@ -371,6 +375,11 @@ WRONG = {
     "gradient of inputs unmasked": (INPUTS, instead(sp.ActivationSparsity())),
     "nothing drawn for the first": (DRAWN, instead(sp.WeightSparsity(), "blocks.0.fc")),
     "nothing drawn for the last": (DRAWN, instead(sp.WeightSparsity(), "blocks.1.fc")),
+    "nothing drawn for grad_input": (GRADIENTS, instead(sp.GradientSparsity(), "blocks.1.fc")),
+    "nothing drawn for grad_weight": (
+        GRADIENTS,
+        instead(sp.GradientSparsity(grad_weight="dense", grad_input="mvue"), "blocks.0.fc"),
+    ),
     "inputs alone": (PAIR, instead(sp.ActivationSparsity())),
     "weights alone": (PAIR, instead(sp.WeightSparsity())),
 }
@@ -391,6 +400,7 @@ RIGHT = {
     "weights": PLAIN,
     "inputs": INPUTS,
     "drawn": DRAWN,
+    "gradients": GRADIENTS,
     "pair": PAIR,
     "one feature": ONE_FEATURE,
     "added apart": ADDED_APART,

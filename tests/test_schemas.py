@@ -9,6 +9,7 @@ import sparse_pass.one_graph  # noqa: F401  (registers the operators)
 
 SCHEMAS = {
     "float8_scale": "(Tensor tensor, float factor=1.) -> Tensor",
+    "grad_input": "(Tensor packed, Tensor weight, SymInt rows, *, bool tuned=False) -> Tensor",
     "grad_weight": "(Tensor packed, Tensor input, SymInt out_features, *, bool tuned=False) -> Tensor",
     "input_grad_weight": "(Tensor packed_t, Tensor grad_output, SymInt in_features, *, bool tuned=False) -> Tensor",
     "input_linear": "(Tensor packed, Tensor weight, SymInt rows, *, bool tuned=False) -> Tensor",

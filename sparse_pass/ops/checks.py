@@ -96,10 +96,19 @@ def mvue24(grad: Tensor, seed: Tensor) -> None:
 
 def sparsify_mvue(grad: Tensor, seed: Tensor) -> None:
     mvue24(grad, seed)
+    if grad.dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            f"grad is {grad.dtype} {list(grad.shape)}; to be packed it must be float16 or bfloat16: use mvue24, the "
+            "same as a dense tensor"
+        )
+
+
+def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> None:
+    mvue24(grad, seed)
     if not _packs(grad):
         raise ValueError(
-            f"grad is {grad.dtype} {list(grad.shape)}; to be packed it must be float16 or bfloat16 [M, N] with N a "
-            f"multiple of {KERNEL_TILE}: use mvue24, the same as a dense tensor"
+            f"grad is {grad.dtype} {list(grad.shape)}; to be packed and summed it must be float16 or bfloat16 [M, N] "
+            f"with N a multiple of {KERNEL_TILE}: use mvue24, the same as a dense tensor"
         )
 
 

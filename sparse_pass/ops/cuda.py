@@ -102,7 +102,7 @@ def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: st
 
 
 def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
-    if grad.shape[0] == 0:
+    if grad.numel() == 0:
         return grad.new_empty(0)
     with _current(grad):
         backend = backend_of(grad.device, grad.dtype)
@@ -125,9 +125,9 @@ def _masked(matrix: Tensor, mask: str) -> Tensor:
 
 
 def _whole_tiles(matrix: Tensor) -> Tensor:
-    """With rows of zeros up to whole tiles."""
-    missing = -matrix.shape[0] % KERNEL_TILE
-    return F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
+    """With zeros below and on the right, up to whole tiles."""
+    below, right = (-size % KERNEL_TILE for size in matrix.shape)
+    return F.pad(matrix, (0, right, 0, below)) if below or right else matrix
 
 
 # Products

@@ -1,6 +1,6 @@
 """All operators of the rewritten graphs, `torch.ops.sparse_pass.*`.
 
-Of weights W [N, K], inputs X [M, K] and gradients dY [M, N]; Mp is M rounded up to a multiple of 64:
+Of weights W [N, K], inputs X [M, K] and gradients dY [M, N]; Mp and Np are M and N rounded up to multiples of 64:
 
     mask24            W -> bool [N, K]                   input_mask24       X [..., K] -> bool [..., K]
     mvue24            dY -> MVUE(dY) [M, N], dense
@@ -9,13 +9,15 @@ Of weights W [N, K], inputs X [M, K] and gradients dY [M, N]; Mp is M rounded up
     sparsify          W -> scale S(W) [N, K] and its transpose [K, N], packed
     sparsify_one      W -> one of the two
     sparsify_input    X -> S(x) [Mp, K] and S(x)^T [K, Mp], packed       x = activation(X), or of X and a gate
-    sparsify_mvue     dY -> MVUE(dY)^T [N, Mp], packed
+    sparsify_mvue     dY -> MVUE(dY)^T [Np, Mp], packed
     sparsify_mvue_sum the same, and sums of dY over 64 rows each, float32 [Mp / 64, N], for the gradient of a bias
     linear            X, S(W) -> X S(W)^T + b [M, N]     grad_weight        MVUE(dY)^T, X -> MVUE(dY)^T X [N, K]
     input_linear      S(x), W -> S(x) W^T [M, N]         input_grad_weight  S(x)^T, dY -> dY^T S(x) [N, K]
+    grad_input        MVUE(dY^T)^T, W -> MVUE(dY^T)^T W [M, K]
 
-MVUE keeps two of every four along M, at random, right in expectation (`reference.gradients`); its seed, an int64 tensor
-of one element on the device of dY, decides all that is random. All are functional and take any strides. They have no
+MVUE keeps two of every four along its first dim, at random, right in expectation (`reference.gradients`): of dY along
+M, over which grad_weight contracts, of dY^T along N, over which grad_input does. Its seed, an int64 tensor of one
+element on the device of dY, decides all that is random. All are functional and take any strides. They have no
 derivative: the pass rewrites graphs that already hold their backward. The CPU kernels are the reference and use the
 byte layout of the GPU kernels (`reference.weights.pack`).
 """
@@ -120,13 +122,13 @@ SPARSIFY_INPUT = define(
 SPARSIFY_MVUE = define(
     "sparsify_mvue(Tensor grad, Tensor seed) -> Tensor",
     check=checks.sparsify_mvue,
-    fake=lambda grad, seed: _packed(grad),
+    fake=lambda grad, seed: grad.new_empty(packed_numel(grad.shape[0], padded(grad.shape[1]))),
     cpu=gradients.sparsify_mvue,
     cuda=cuda.sparsify_mvue,
 )
 SPARSIFY_MVUE_SUM = define(
     "sparsify_mvue_sum(Tensor grad, Tensor seed) -> (Tensor, Tensor)",
-    check=checks.sparsify_mvue,
+    check=checks.sparsify_mvue_sum,
     fake=lambda grad, seed: (_packed(grad), _sums(grad)),
     cpu=gradients.sparsify_mvue_sum,
     cuda=cuda.sparsify_mvue_sum,
@@ -168,3 +170,4 @@ INPUT_GRAD_WEIGHT = _define_product(
     "Tensor packed_t, Tensor grad_output, SymInt in_features",
     ("grad_output [M, N]", "in_features"),
 )
+GRAD_INPUT = _define_product("grad_input", "Tensor packed, Tensor weight, SymInt rows", ("weight [N, K]", "rows"))

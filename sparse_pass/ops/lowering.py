@@ -150,8 +150,8 @@ def _lower_packer(name: str, count: int) -> Callable[..., Any]:
     def lower(source: Any, *rest: Any, **kwargs: Any) -> Any:
         device, dtype = source.get_device(), kwargs.get("dtype") or source.get_dtype()
         kernel = _kernel(name, device, dtype)
-        rows, cols = _up_to(source.get_size()[0], KERNEL_TILE), source.get_size()[1]
-        if kernel is None or rows is None or source.get_dtype() == torch.float64:
+        rows, cols = (_up_to(size, KERNEL_TILE) for size in source.get_size())
+        if kernel is None or rows is None or cols is None or source.get_dtype() == torch.float64:
             return _call_op(op, source, *rest, **kwargs)
         layouts = [ir.FixedLayout(device, dtype, [packed_numel(rows, cols)], [1]) for _ in range(count)]
         if name == "sparsify_mvue_sum":
