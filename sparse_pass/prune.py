@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .config import Config, gradient_scheme, input_scheme, weight_scheme
-from .fqn import normalize, parse_config
+from .config import Config, WeightSparsity, gradient_scheme, input_scheme, weight_scheme
+from .fqn import Pattern, normalize, parse_config
 from .model_names import check_names, chosen_weights
 from .ops.definitions import mask24
 from .plan.legal import why_shape_skipped
@@ -42,9 +45,42 @@ def prune_(model: nn.Module, config: Config) -> Report:
             sparse, a weight without data (meta device) or one that a parametrization computes. Nothing is
             written then.
     """
+    found = list(pruned_weights(model, config))
+    for one in found:
+        if one.sparsity is not None and one.weight.is_meta:
+            raise ValueError(f"{one.name!r} is on the meta device: load its data before prune_")
+    kept = [(one.weight, mask24(one.weight.detach(), how.mask), how.factor) for one in found if (how := one.sparsity)]
+    with torch.no_grad():
+        for weight, mask, scale in kept:
+            # Not a product: 0 * inf would leave a NaN where the mask drops an infinity.
+            weight.masked_fill_(~mask, 0)
+            if scale != 1:
+                weight.mul_(scale)
+    return Report(sites=tuple(map(site_of, found)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrunedWeight:
+    """A named weight, and what `prune_` makes of it."""
+
+    name: str
+    weight: nn.Parameter
+    pattern: Pattern
+    sparsity: WeightSparsity | None
+    """None if it stays dense."""
+    reason: str
+    """Why it does."""
+
+
+def pruned_weights(model: nn.Module, config: Config) -> Iterator[PrunedWeight]:
+    """The named weights of a model, each once.
+
+    Raises:
+        ValueError: a name that names no linear weight, an exactly named weight that cannot be 2:4 sparse, or one that
+            is computed from other parameters.
+    """
     patterns = parse_config(config)
     check_names(model, patterns)
-    sites, kept = [], []
     for name, weight, pattern in chosen_weights(model, patterns):
         scheme = pattern.scheme
         assert scheme is not None
@@ -62,31 +98,24 @@ def prune_(model: nn.Module, config: Config) -> Report:
             reason = f"the scheme is of {what} only: the weight stays dense"
         elif input_scheme(scheme) is not None:
             reason = "the output is computed with the dense weight: of a pair it is the input that is 2:4 there"
-        elif weight.is_meta:
-            raise ValueError(f"{name!r} is on the meta device: load its data before prune_")
         else:
             reason = why_shape_skipped(weight.shape) or ""
-            if not reason:
-                kept.append((weight, mask24(weight.detach(), sparsity.mask), sparsity.factor))
-        n, k = weight.shape
-        sites.append(
-            Site(
-                fqn=name,
-                pattern=pattern.text,
-                scheme=scheme,
-                shape=("-", n, k),
-                dtype=weight.dtype,
-                status="skipped" if reason else "sparse",
-                reason=reason,
-            )
-        )
-    with torch.no_grad():
-        for weight, mask, scale in kept:
-            # Not a product: 0 * inf would leave a NaN where the mask drops an infinity.
-            weight.masked_fill_(~mask, 0)
-            if scale != 1:
-                weight.mul_(scale)
-    return Report(sites=tuple(sites))
+        pruned_by = None if reason else sparsity
+        yield PrunedWeight(name=name, weight=weight, pattern=pattern, sparsity=pruned_by, reason=reason)
+
+
+def site_of(one: PrunedWeight) -> Site:
+    """The row of a report."""
+    assert one.pattern.scheme is not None
+    return Site(
+        fqn=one.name,
+        pattern=one.pattern.text,
+        scheme=one.pattern.scheme,
+        shape=("-", *one.weight.shape),
+        dtype=one.weight.dtype,
+        status="skipped" if one.reason else "sparse",
+        reason=one.reason,
+    )
 
 
 def _removal(model: nn.Module, name: str) -> str:

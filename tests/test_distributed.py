@@ -46,8 +46,8 @@ class Stack(nn.Module):
 
 @pytest.fixture(scope="module")
 def _one_process():
-    with tempfile.NamedTemporaryFile() as store:
-        dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
+    with tempfile.TemporaryDirectory() as folder:  # the store may have removed its file when the group goes
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         yield
         dist.destroy_process_group()
 

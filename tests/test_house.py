@@ -23,9 +23,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Which folder, or module at the top, may import which: each only what stands below it.
 ALLOWED = {
-    "__init__": "backend config explain graph_pass inductor one_graph ops prune report",
+    "__init__": "backend config explain graph_pass inductor metrics one_graph ops prune report schedule verify",
+    "schedule": "backend callbacks config",
+    "callbacks": "",
     "explain": "capture captured config fqn graph_pass model_names report usage",
-    "backend": "capture captured config dynamo graph_pass inductor model_names report shared_graphs usage watch",
+    "backend": "capture captured config dynamo graph_pass inductor model_names phases report usage",
+    "phases": "dynamo graph_pass report shared_graphs watch",
     "watch": "dynamo graph_pass model_names report shared_graphs",
     "shared_graphs": "captured graph model_names report",
     "inductor": "capture captured config graph_pass one_graph report",
@@ -35,6 +38,9 @@ ALLOWED = {
     "usage": "",
     "graph_pass": "config fqn graph one_graph ops plan report shared_graphs vocabulary",
     "one_graph": "apply config fqn graph plan report",
+    "metrics": "config fqn model_names ops prune local_part",
+    "verify": "config local_part prune report vocabulary",
+    "local_part": "vocabulary",
     "prune": "config fqn model_names ops plan report",
     "model_names": "config fqn plan",
     "apply": "apply graph ops plan vocabulary",
@@ -49,6 +55,8 @@ ALLOWED = {
 }
 
 CONTRACT = {
+    "Metrics": "(model, config, *, every=50)",
+    "Schedule": "(backend, start=0, stop=None, *, patterns=None)",
     "ActivationSparsity": "(*, mask='optimal', grad_input='dense', backend='auto')",
     "GradientSparsity": "(*, grad_weight='mvue', grad_input='dense', backend='auto')",
     "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, scale=1.0, precision='captured',"
@@ -61,6 +69,7 @@ CONTRACT = {
     "explain": "(model, config)",
     "mask24": "(weight, mask='optimal')",
     "prune_": "(model, config)",
+    "verify24": "(model, config)",
 }
 """The public names and their signatures."""
 RECORDS = {"Report", "Site"}
@@ -160,7 +169,7 @@ def test_kernels_are_imported_late() -> None:
 
 
 def test_dependencies() -> None:
-    """The standard library and torch; triton in kernels only."""
+    """The standard library and torch; triton in kernels only, trainers in their callbacks only."""
     found = set()
     for file in FILES:
         for node, _ in imports_of(file):
@@ -168,8 +177,9 @@ def test_dependencies() -> None:
             if not getattr(node, "level", 0):
                 found.update((layer(module_name(file)), name.partition(".")[0]) for name in names)
     foreign = {(layer, name) for layer, name in found if name not in sys.stdlib_module_names}
-    assert {name for _, name in foreign} <= {"torch", "triton"}
+    assert {name for _, name in foreign} <= {"torch", "triton", "transformers", "lightning"}
     assert {layer for layer, name in foreign if name == "triton"} <= {"kernels"}
+    assert {layer for layer, name in foreign if name in ("transformers", "lightning")} <= {"callbacks"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
@@ -177,7 +187,15 @@ def test_files_are_short(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 300
 
 
-SHORT = {"apply", "dynamo", "graph", "kernels", "ops", "plan", "vocabulary", "watch"}
+SHORT = {"apply", "dynamo", "graph", "kernels", "ops", "plan", "vocabulary", "watch"} | {
+    "callbacks",
+    "metrics",
+    "phases",
+    "prune",
+    "schedule",
+    "shards",
+    "verify",
+}
 """Where every function is held to the limits below."""
 
 
