@@ -6,11 +6,11 @@ import copy
 import io
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from replaced_weights import REPLACED
 from support import TOLERANCE, errors, fresh_compile, in_threads, relative_error, run, ste_reference, twins
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
@@ -121,41 +121,6 @@ def test_mask_follows_the_weight_in_the_next_forward(inner: str) -> None:
                 layer.weight.mul_(mask)
         assert agree(call, model, x)
         assert relative_error(call(x), kept(x)) > 0.01, "the step changed no mask: nothing was tested"
-
-
-def copy_in_place(model: Net, other: Net) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), other.parameters(), strict=True):
-            parameter.copy_(value)
-
-
-def replace_data(model: Net, other: Net) -> None:
-    for parameter, value in zip(model.parameters(), other.parameters(), strict=True):
-        parameter.data = value.detach().clone()
-
-
-def transpose_data(model: Net, other: Net) -> None:
-    """New values, and other strides."""
-    model.up.weight.data = other.up.weight.detach().t().contiguous().t()
-
-
-def replace_parameter(model: Net, other: Net) -> None:
-    model.up.weight = nn.Parameter(other.up.weight.detach().clone())
-
-
-def replace_module(model: Net, other: Net) -> None:
-    model.up = other.up
-
-
-REPLACED: dict[str, Callable[[Net, Net], Any]] = {
-    "load_state_dict": lambda model, other: model.load_state_dict(other.state_dict()),
-    "assign": lambda model, other: model.load_state_dict(other.state_dict(), assign=True),
-    "copy": copy_in_place,
-    "data": replace_data,
-    "strides": transpose_data,
-    "parameter": replace_parameter,
-    "module": replace_module,
-}
 
 
 @pytest.mark.parametrize(("how", "inner"), [*((how, "aot_eager") for how in REPLACED), ("data", "inductor")])
@@ -449,7 +414,7 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("transform", OUTSIDE)
 def test_transform_of_a_compiled_model_is_an_error_with_fullgraph(transform: str) -> None:
-    """torch refuses it before any backend is asked; a transform inside the compiled function works (test_shapes.py)."""
+    """torch refuses it before any backend is asked; one inside the compiled function works (exact/test_shapes.py)."""
     model, x = Net().eval(), torch.randn(6, 8)
     call = torch.compile(model, backend=sp.sparse_backend(CONFIG, model=model, inner="aot_eager"), fullgraph=True)
     with pytest.raises(Unsupported, match=r"Ensure that torch.func.\w+ is also wrapped within a torch.compile"):

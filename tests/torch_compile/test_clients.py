@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from stack import Stack
 from support import relative_error
-from test_distributed import Stack, _one_process  # noqa: F401  (skips where there is no gloo)
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -145,7 +145,7 @@ def test_fabric(order: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("dense", "graphs"), [({}, 2), ({"blocks.1.fc1": None}, 3)], ids=["all alike", "one of them dense"]
 )
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process")
 def test_checkpointed_compiled_and_sharded(when: str, dense: dict[str, None], graphs: int) -> None:
     config = {"blocks.*.fc1": W24, **dense}
     model, x = Stack(), torch.randn(8, 16)
@@ -180,7 +180,7 @@ def test_checkpointed_compiled_and_sharded(when: str, dense: dict[str, None], gr
 
 
 @pytest.mark.parametrize("when", ["before it is wrapped", "afterwards"])
-@pytest.mark.usefixtures("_one_process")
+@pytest.mark.usefixtures("one_process")
 def test_fsdp1(when: str) -> None:
     """It takes the parameters out of the modules and puts views in their place. Shards: test_two_ranks.py."""
     config = {"blocks.*.fc1": W24}

@@ -1,7 +1,7 @@
 """What the pass writes into a graph, line by line.
 
 Graphs are those that Inductor would show to the pass (its decompositions included), captured on CPU.
-Update the goldens with ``EXPECTTEST_ACCEPT=1 pytest tests/test_graphs.py``.
+Update the goldens with ``EXPECTTEST_ACCEPT=1 pytest tests/graphs``.
 """
 
 from __future__ import annotations

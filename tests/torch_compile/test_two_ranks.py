@@ -1,8 +1,9 @@
-"""DistributedDataParallel and FSDP2 with two ranks, on CPUs and on two GPUs, and two GPUs in one process.
+r"""DistributedDataParallel and FSDP2 with two ranks, on CPUs and on two GPUs, and two GPUs in one process.
 
 This file is also the program of a rank::
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/test_two_ranks.py cpu ddp fsdp2
+    PYTHONPATH=tests/helpers python -m torch.distributed.run --nproc-per-node 2 \
+        tests/torch_compile/test_two_ranks.py cpu ddp fsdp2
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from stack import HAS_GLOO, NAMED, Stack
 from support import in_threads, python_environment, relative_error
-from test_distributed import NAMED, Stack  # skips, as it does, where there is no gloo
 from torch import Tensor, nn
 
 import sparse_pass as sp
 from sparse_pass.backend import SparseBackend
+
+pytestmark = pytest.mark.skipif(not HAS_GLOO, reason="needs torch.distributed with gloo")
 
 GPU = pytest.mark.gpu
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

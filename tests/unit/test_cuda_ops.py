@@ -1,6 +1,6 @@
 """The operators on CUDA devices: which kernels they call with what, and that the numbers are those of a CPU.
 
-The kernels are fakes that compute the references; the kernels themselves are tested on GPUs (test_kernels_gpu.py) and
+The kernels are fakes that compute the references; the kernels themselves are tested on GPUs (gpu/test_kernels.py) and
 in Triton's interpreter (test_interpreter.py).
 """
 

@@ -1,4 +1,4 @@
-"""Random networks: compiled with the pass, each computes what its straight-through reference does.
+r"""Random networks: compiled with the pass, each computes what its straight-through reference does.
 
 A failing example is printed as a line of Python that runs it again. The environment sets how long and where::
 
@@ -9,18 +9,21 @@ A failing example is printed as a line of Python that runs it again. The environ
 
 They are spread over several tests, for ``pytest -n``. A run on a GPU::
 
-    SPARSE_PASS_EXAMPLES=2000 SPARSE_PASS_DEVICE=cuda SPARSE_PASS_INNER=aot_eager pytest -n 4 tests/test_properties.py
+    SPARSE_PASS_EXAMPLES=2000 SPARSE_PASS_DEVICE=cuda SPARSE_PASS_INNER=aot_eager \
+        pytest -n 4 tests/exact/test_properties.py
 """
 
 from __future__ import annotations
 
 import copy
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,9 +294,10 @@ def _check_drawn(report: sp.Report, drawn: dict[str, set[bool]]) -> None:
 
 
 def _reproduce(example: Example, inner: str) -> str:
-    """A line for a shell in the tests' folder."""
+    """A line for a shell in the folder above ``tests``."""
+    environment = f"SPARSE_PASS_DEVICE={DEVICE} PYTHONPATH=tests/helpers:tests/exact"
     imports = "from sparse_pass import ActivationSparsity, WeightSparsity; from test_properties import *"
-    return f"""SPARSE_PASS_DEVICE={DEVICE} python -c "{imports}; print(check({example!r}, {inner!r}))" """
+    return f"""{environment} python -c "{imports}; print(check({example!r}, {inner!r}))" """
 
 
 def shards() -> list[Any]:
@@ -408,6 +412,16 @@ def test_a_wrong_reference_is_noticed(wrong: str) -> None:
     for one in (example, replace(example, autocast="bfloat16")):
         with pytest.raises(AssertionError, match="relative errors"):
             check(one, "aot_eager", masked=masked)
+
+
+def test_a_printed_example_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """But for the new process."""
+    *environment, python, _, code = shlex.split(_reproduce(PLAIN, "aot_eager"))
+    assert python == "python"
+    _, _, path = environment[1].partition("=")
+    assert all((Path(__file__).parents[2] / folder).is_dir() for folder in path.split(os.pathsep))
+    exec(code, {})
+    assert "2 named linears in 1 graph(s)" in capsys.readouterr().out
 
 
 def test_what_passed_passes_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 
 import pytest
 import torch
-import torch.distributed as dist
+from stack import HAS_GLOO, NAMED, Stack
 from torch import nn
 
 import sparse_pass as sp
 
-if not dist.is_available() or not dist.is_gloo_available():
+if not HAS_GLOO:
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,40 +19,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 CONFIG = {"blocks.*.fc1": sp.WeightSparsity(), "blocks.1.fc2": sp.WeightSparsity()}
-NAMED = ["blocks.0.fc1", "blocks.1.fc1", "blocks.1.fc2", "blocks.2.fc1"]
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * dim)
-        self.fc2 = nn.Linear(2 * dim, dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.fc2(torch.relu(self.fc1(x)))
-
-
-class Stack(nn.Module):
-    def __init__(self, dim: int = 16) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(dim) for _ in range(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-@pytest.fixture(scope="module")
-def _one_process():
-    with tempfile.NamedTemporaryFile() as store:
-        dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
 
 
 @pytest.fixture
-def model(_one_process):
+def model(one_process):
     torch._dynamo.reset()
     torch.manual_seed(0)
     return Stack()

@@ -1,6 +1,6 @@
 """The binding of cuSPARSELt on a library that is not there: results, plans, and what a failing call costs.
 
-Numerics and speed of the real library are tested on GPUs (test_kernels_gpu.py).
+Numerics and speed of the real library are tested on GPUs (gpu/test_kernels.py).
 """
 
 from __future__ import annotations
