@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from expecttest import assert_expected_inline
 from graph_printer import capture, printed
+from networks import Conv1D, OwnLinear, Up
 from support import (
     TOLERANCE,
-    OwnLinear,
     compare_inputs,
     errors,
     fresh_compile,
@@ -162,18 +161,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = [layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v)]
         return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)).sin()
-
-
-class Conv1D(nn.Module):
-    """As transformers has it in GPT-2."""
-
-    def __init__(self, k: int, n: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(k, n) / 3), nn.Parameter(torch.randn(n))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
-        return y.view(*x.shape[:-1], -1)
 
 
 def both(scheme: Any) -> dict[str, Any]:
@@ -527,93 +514,6 @@ def test_frozen_parametrized_weight() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), doubled(nn.Linear(8, 12)).requires_grad_(False))
     report = compare_inputs(model, {"2": ACT}, leaf(5, 8))
     assert report.sites[0].grad_weight is None
-
-
-class Up(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(64, 128, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(x.sin())
-
-
-def rewritten(scheme: Any) -> str:
-    captured = capture(Up(), [leaf(8, 64)], {"up": scheme})
-    captured.check_invariants()
-    return captured.text
-
-
-def test_golden() -> None:
-    assert_expected_inline(
-        rewritten(ACT),
-        """\
-sin = aten.sin(primals_1)
-permute = aten.permute(primals_2, [1, 0])  # up
-input_mask24 = sparse_pass.input_mask24(sin, 'optimal')  # up
-full = aten.full(0)  # up
-where = aten.where(input_mask24, sin, full)  # up
-mm = aten.mm(where, permute)  # up
-permute_1 = aten.permute(tangents_1, [1, 0])  # up, backward
-mm_1 = aten.mm(permute_1, where)  # up, backward
-permute_2 = aten.permute(mm_1, [1, 0])  # up, backward
-permute_3 = aten.permute(permute, [1, 0])  # up, backward
-mm_2 = aten.mm(tangents_1, permute_3)  # up, backward
-permute_4 = aten.permute(permute_2, [1, 0])  # up, backward
-cos = aten.cos(primals_1)  # backward
-mul = aten.mul(mm_2, cos)  # backward
-return mm, mul, permute_4""",
-    )
-
-
-def test_golden_masked_gradient() -> None:
-    assert_expected_inline(
-        rewritten(MASKED),
-        """\
-sin = aten.sin(primals_1)
-permute = aten.permute(primals_2, [1, 0])  # up
-input_mask24 = sparse_pass.input_mask24(sin, 'optimal')  # up
-full = aten.full(0)  # up
-where = aten.where(input_mask24, sin, full)  # up
-mm = aten.mm(where, permute)  # up
-permute_1 = aten.permute(tangents_1, [1, 0])  # up, backward
-mm_1 = aten.mm(permute_1, where)  # up, backward
-permute_2 = aten.permute(mm_1, [1, 0])  # up, backward
-permute_3 = aten.permute(permute, [1, 0])  # up, backward
-mm_2 = aten.mm(tangents_1, permute_3)  # up, backward
-full_1 = aten.full(0)  # up, backward
-where_1 = aten.where(input_mask24, mm_2, full_1)  # up, backward
-permute_4 = aten.permute(permute_2, [1, 0])  # up, backward
-cos = aten.cos(primals_1)  # backward
-mul = aten.mul(where_1, cos)  # backward
-return mm, mul, permute_4""",
-    )
-
-
-def test_golden_pair() -> None:
-    assert_expected_inline(
-        rewritten((sp.WeightSparsity(), ROWWISE)),
-        """\
-sin = aten.sin(primals_1)
-permute = aten.permute(primals_2, [1, 0])  # up
-input_mask24 = sparse_pass.input_mask24(sin, 'rowwise')  # up
-full = aten.full(0)  # up
-where = aten.where(input_mask24, sin, full)  # up
-mask24 = sparse_pass.mask24(primals_2, 'optimal')  # up
-full_1 = aten.full(0)  # up
-where_1 = aten.where(mask24, primals_2, full_1)  # up
-permute_1 = aten.permute(where_1, [1, 0])  # up
-mm = aten.mm(where, permute)  # up
-permute_2 = aten.permute(tangents_1, [1, 0])  # up, backward
-mm_1 = aten.mm(permute_2, where)  # up, backward
-permute_3 = aten.permute(mm_1, [1, 0])  # up, backward
-permute_4 = aten.permute(permute_1, [1, 0])  # up, backward
-mm_2 = aten.mm(tangents_1, permute_4)  # up, backward
-permute_5 = aten.permute(permute_3, [1, 0])  # up, backward
-cos = aten.cos(primals_1)  # backward
-mul = aten.mul(mm_2, cos)  # backward
-return mm, mul, permute_5""",
-    )
 
 
 class Gated(nn.Module):

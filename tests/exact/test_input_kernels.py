@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from expecttest import assert_expected_inline
-from graph_printer import Captured, capture, device
+from graph_printer import HOPPER, Captured, capture, device
+from networks import Apply, Conv1D, Function, FusedMlp, Up, squared_relu
 from support import TOLERANCE, compare_inputs, fresh_compile, relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
 from sparse_pass import vocabulary
@@ -217,32 +216,6 @@ def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
 
-class Up(nn.Module):
-    """One linear between two functions, so that the backward has all three GEMMs."""
-
-    def __init__(self, bias: bool = True, checkpointed: bool = False, n: int = 128) -> None:
-        super().__init__()
-        self.up, self.checkpointed = nn.Linear(64, n, bias), checkpointed
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.up(x.cos()).sin()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
-
-
-class Conv1D(nn.Module):
-    """As transformers has it in GPT-2: the weight is [K, N]."""
-
-    def __init__(self, k: int, n: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(k, n) / 8), nn.Parameter(torch.randn(n))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
-        return y.view(*x.shape[:-1], -1)
-
-
 class Attention(nn.Module):
     """Three linears of one input."""
 
@@ -255,35 +228,8 @@ class Attention(nn.Module):
         return self.q(x).sin() * self.k(x).cos() + self.v(x)
 
 
-Function = Callable[[Tensor, Tensor], Tensor]
-
-
-class Mlp(nn.Module):
-    """``down`` of a function of ``up``, and of a gate if it has one. Reads no more of the gate than there is."""
-
-    def __init__(self, function: Function, gate: str = "none", bias: bool = False) -> None:
-        super().__init__()
-        self.function, self.kind = function, gate
-        self.up = nn.Linear(64, 256 if gate == "chunk" else 128)
-        if gate == "linear":
-            self.gate = nn.Linear(64, 128)
-        self.down = nn.Linear(128, 64, bias)
-        self.rounded_once = ""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x)
-        gate = self.gate(x) if self.kind == "linear" else h
-        if self.kind == "chunk":
-            h, gate = h.chunk(2, -1)
-        y = self.function(h, gate)
-        if self.rounded_once:
-            given = gate if self.kind != "none" else None
-            y = y + (reference_inputs.activate(h, given, self.rounded_once) - y).detach()
-        return self.down(y).sin()
-
-
 def rounded_once(name: str) -> Callable[[nn.Module], nn.Module]:
-    """A copy of an `Mlp` that rounds its function as the kernel does: where ops round between, masks may differ."""
+    """A copy that rounds its function as the kernel does: where ops round between, masks may differ."""
 
     def copied(model: nn.Module) -> nn.Module:
         model = copy.deepcopy(model)
@@ -305,158 +251,6 @@ def captured(model: nn.Module, x: Tensor, config: Mapping[str, Any], **device: A
     return found
 
 
-def squared_relu(h: Tensor, _: Tensor) -> Tensor:
-    return F.relu(h).square()
-
-
-# Graphs
-
-
-def text(model: nn.Module, x: Tensor, config: Mapping[str, Any]) -> str:
-    return captured(model, x, config).text.replace(
-        ", dtype=int64, layout=torch.strided, device=device(type='cpu'), pin_memory=False", ""
-    )
-
-
-def test_golden() -> None:
-    """Not fused, three dims, with bias."""
-    assert_expected_inline(
-        text(Up(), leaf(2, 8, 64), {"up": ACT}),
-        """\
-cos = aten.cos(primals_1)
-view = aten.view(cos)  # up
-permute = aten.permute(primals_2, [1, 0])  # up
-sparsify_input = sparse_pass.sparsify_input(view, None, 'optimal', 'none')  # up
-getitem = sparsify_input[1]  # up
-getitem_1 = sparsify_input[0]  # up
-input_linear = sparse_pass.input_linear(getitem_1, primals_2, 16)  # up
-add = aten.add(input_linear, primals_3)  # up
-view_1 = aten.view(add)  # up
-sin = aten.sin(view_1)
-cos_1 = aten.cos(view_1)  # backward
-mul = aten.mul(tangents_1, cos_1)  # backward
-view_2 = aten.view(mul)  # up, backward
-permute_1 = aten.permute(permute, [1, 0])  # up, backward
-mm = aten.mm(view_2, permute_1)  # up, backward
-input_grad_weight = sparse_pass.input_grad_weight(getitem, view_2, 64)  # up, backward
-permute_2 = aten.permute(input_grad_weight, [1, 0])  # up, backward
-sum = aten.sum(view_2, [0], True)  # up, backward
-view_3 = aten.view(sum)  # up, backward
-permute_3 = aten.permute(permute_2, [1, 0])  # up, backward
-view_4 = aten.view(mm)  # up, backward
-sin_1 = aten.sin(primals_1)  # backward
-neg = aten.neg(sin_1)  # backward
-mul_1 = aten.mul(view_4, neg)  # backward
-return sin, mul_1, permute_3, view_3""",
-    )
-
-
-def test_golden_fused() -> None:
-    assert_expected_inline(
-        text(Mlp(squared_relu), leaf(8, 64), {"down": ACT}),
-        """\
-permute = aten.permute(primals_1, [1, 0])  # up
-addmm = aten.addmm(primals_2, primals_3, permute)  # up
-relu = aten.relu(addmm)
-alias = aten.alias(relu)
-permute_1 = aten.permute(primals_4, [1, 0])  # down
-sparsify_input = sparse_pass.sparsify_input(addmm, None, 'optimal', 'squared_relu')  # down
-getitem = sparsify_input[1]  # down
-getitem_1 = sparsify_input[0]  # down
-input_linear = sparse_pass.input_linear(getitem_1, primals_4, 8)  # down
-sin = aten.sin(input_linear)
-cos = aten.cos(input_linear)  # backward
-mul = aten.mul(tangents_1, cos)  # backward
-input_grad_weight = sparse_pass.input_grad_weight(getitem, mul, 128)  # down, backward
-permute_2 = aten.permute(input_grad_weight, [1, 0])  # down, backward
-permute_3 = aten.permute(permute_1, [1, 0])  # down, backward
-mm = aten.mm(mul, permute_3)  # down, backward
-permute_4 = aten.permute(permute_2, [1, 0])  # down, backward
-pow = aten.pow(relu, 1.0)  # backward
-mul_1 = aten.mul(pow, 2.0)  # backward
-mul_2 = aten.mul(mm, mul_1)  # backward
-alias_1 = aten.alias(alias)  # backward
-le = aten.le(alias_1, 0)  # backward
-scalar_tensor = aten.scalar_tensor(0, dtype=bfloat16, layout=torch.strided, device=device(type='cpu'))  # backward
-where = aten.where(le, scalar_tensor, mul_2)  # backward
-permute_5 = aten.permute(permute, [1, 0])  # up, backward
-mm_1 = aten.mm(where, permute_5)  # up, backward
-permute_6 = aten.permute(where, [1, 0])  # up, backward
-mm_2 = aten.mm(permute_6, primals_3)  # up, backward
-permute_7 = aten.permute(mm_2, [1, 0])  # up, backward
-sum = aten.sum(where, [0], True)  # up, backward
-view = aten.view(sum)  # up, backward
-permute_8 = aten.permute(permute_7, [1, 0])  # up, backward
-return sin, permute_8, view, mm_1, permute_4""",
-    )
-
-
-def test_golden_fused_inference() -> None:
-    with torch.no_grad():
-        assert_expected_inline(
-            text(Mlp(lambda h, gate: F.silu(h) * gate, "linear"), leaf(8, 64), {"down": ACT}),
-            """\
-permute = aten.permute(arg0_1, [1, 0])  # up
-addmm = aten.addmm(arg1_1, arg2_1, permute)  # up
-permute_1 = aten.permute(arg3_1, [1, 0])  # gate
-addmm_1 = aten.addmm(arg4_1, arg2_1, permute_1)  # gate
-sparsify_input = sparse_pass.sparsify_input(addmm, addmm_1, 'optimal', 'silu_gate')  # down
-getitem = sparsify_input[0]  # down
-input_linear = sparse_pass.input_linear(getitem, arg5_1, 8)  # down
-sin = aten.sin(input_linear)
-return sin""",
-        )
-
-
-def test_golden_pair() -> None:
-    assert_expected_inline(
-        text(Up(bias=False), leaf(8, 64), {"up": (ACT, W24)}),
-        """\
-cos = aten.cos(primals_1)
-sparsify_input = sparse_pass.sparsify_input(cos, None, 'optimal', 'none')  # up
-getitem = sparsify_input[1]  # up
-getitem_1 = sparsify_input[0]  # up
-input_linear = sparse_pass.input_linear(getitem_1, primals_2, 8)  # up
-sin = aten.sin(input_linear)
-cos_1 = aten.cos(input_linear)  # backward
-mul = aten.mul(tangents_1, cos_1)  # backward
-input_grad_weight = sparse_pass.input_grad_weight(getitem, mul, 64)  # up, backward
-permute = aten.permute(input_grad_weight, [1, 0])  # up, backward
-sparsify_one = sparse_pass.sparsify_one(primals_2, 'optimal', True)  # up
-linear = sparse_pass.linear(mul, sparsify_one, None, 64)  # up, backward
-permute_1 = aten.permute(permute, [1, 0])  # up, backward
-sin_1 = aten.sin(primals_1)  # backward
-neg = aten.neg(sin_1)  # backward
-mul_1 = aten.mul(linear, neg)  # backward
-return sin, mul_1, permute_1""",
-    )
-
-
-def test_golden_pair_mvue() -> None:
-    assert_expected_inline(
-        text(Up(bias=False), leaf(8, 64), {"up": (ACT, MVUE)}),
-        """\
-cos = aten.cos(primals_1)
-sparsify_input = sparse_pass.sparsify_input(cos, None, 'optimal', 'none')  # up
-getitem = sparsify_input[0]  # up
-input_linear = sparse_pass.input_linear(getitem, primals_2, 8)  # up
-sin = aten.sin(input_linear)
-cos_1 = aten.cos(input_linear)  # backward
-mul = aten.mul(tangents_1, cos_1)  # backward
-randint = aten.randint(0, 4611686018427387904, [1])  # up, backward
-sparsify_mvue = sparse_pass.sparsify_mvue(mul, randint)  # up, backward
-grad_weight = sparse_pass.grad_weight(sparsify_mvue, cos, 128)  # up, backward
-permute = aten.permute(grad_weight, [1, 0])  # up, backward
-sparsify_one = sparse_pass.sparsify_one(primals_2, 'optimal', True)  # up
-linear = sparse_pass.linear(mul, sparsify_one, None, 64)  # up, backward
-permute_1 = aten.permute(permute, [1, 0])  # up, backward
-sin_1 = aten.sin(primals_1)  # backward
-neg = aten.neg(sin_1)  # backward
-mul_1 = aten.mul(linear, neg)  # backward
-return sin, mul_1, permute_1""",
-    )
-
-
 # Numbers
 
 
@@ -470,12 +264,12 @@ def test_linear(shape: tuple[int, ...], bias: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 64), (1, 64), (64, 64), (2, 2, 3, 64)], ids=str)
 def test_rows(shape: tuple[int, ...]) -> None:
-    compare(Up().bfloat16(), {"up": ACT}, leaf(*shape))
+    compare(Up(bias=True).bfloat16(), {"up": ACT}, leaf(*shape))
 
 
 @pytest.mark.parametrize("scheme", [ACT, replace(ACT, mask="greedy"), replace(ACT, grad_input="masked")], ids=str)
 def test_schemes(scheme: sp.ActivationSparsity) -> None:
-    compare(Up().half(), {"up": scheme}, leaf(70, 64, dtype=torch.float16))
+    compare(Up(bias=True).half(), {"up": scheme}, leaf(70, 64, dtype=torch.float16))
 
 
 PAIRS = [
@@ -488,7 +282,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " + ".join(map(str, pair)))
 def test_pair(pair: Any) -> None:
-    (site,) = compare(Up().bfloat16(), {"up": pair}, leaf(2, 35, 64)).sites
+    (site,) = compare(Up(bias=True).bfloat16(), {"up": pair}, leaf(2, 35, 64)).sites
     assert (site.status, site.reason) == ("sparse", "")
     assert (site.output, site.grad_input, site.grad_weight) == ("reference", "reference", "reference")
 
@@ -503,19 +297,19 @@ def test_autocast_and_dynamic_batch(inner: str) -> None:
 
 
 def test_dynamic_rank_3() -> None:
-    compare(Up().bfloat16(), {"up": ACT}, leaf(2, 5, 64), leaf(3, 70, 64), dynamic=True)
+    compare(Up(bias=True).bfloat16(), {"up": ACT}, leaf(2, 5, 64), leaf(3, 70, 64), dynamic=True)
 
 
 @INNERS
 def test_fused_with_a_dynamic_batch(inner: str) -> None:
     report = compare(
-        Mlp(squared_relu).bfloat16(), {"down": ACT}, leaf(6, 64), leaf(70, 64), inner=inner, dynamic="batch"
+        FusedMlp(squared_relu).bfloat16(), {"down": ACT}, leaf(6, 64), leaf(70, 64), inner=inner, dynamic="batch"
     )
     assert report.sites[0].fused == "squared_relu"
 
 
 def test_checkpointed() -> None:
-    compare(Up(checkpointed=True).bfloat16(), {"up": ACT}, leaf(70, 64))
+    compare(Up(bias=True, checkpointed=True).bfloat16(), {"up": ACT}, leaf(70, 64))
 
 
 def test_conv1d() -> None:
@@ -542,7 +336,7 @@ def test_shared_weight() -> None:
 
 def test_frozen_weight() -> None:
     """There is no grad_weight, and packed_t is not kept."""
-    model = Up().bfloat16()
+    model = Up(bias=True).bfloat16()
     model.up.weight.requires_grad_(False)
     (site,) = compare(model, {"up": ACT}, leaf(70, 64)).sites
     assert (site.output, site.grad_input, site.grad_weight) == ("reference", "dense", None)
@@ -564,7 +358,9 @@ def test_mask_of_a_gradient_that_is_not_there() -> None:
 
 def test_inference() -> None:
     with torch.no_grad():
-        (site,) = compare(Up().bfloat16(), {"up": ACT}, torch.randn(2, 35, 64).bfloat16(), backward=False).sites
+        (site,) = compare(
+            Up(bias=True).bfloat16(), {"up": ACT}, torch.randn(2, 35, 64).bfloat16(), backward=False
+        ).sites
     assert (site.output, site.grad_input, site.grad_weight) == ("reference", None, None)
 
 
@@ -587,7 +383,7 @@ def test_fused(way: str) -> None:
     """Also of a tuple, and of the two halves of one linear."""
     name, function = FUSED[way]
     for gate, scheme in [("linear", ACT), ("chunk", (W24, ACT))] if "gate" in way else [("none", (W24, ACT))]:
-        model, x = Mlp(function, gate).bfloat16(), leaf(2, 35, 64)
+        model, x = FusedMlp(function, gate).bfloat16(), leaf(2, 35, 64)
         found = captured(model, x, {"down": scheme})
         assert [site.fused for site in found.report.sites] == [name], found.text
         assert found.text.count("sparse_pass.sparsify_input(") == 1
@@ -599,7 +395,7 @@ def test_fused(way: str) -> None:
 @pytest.mark.parametrize("way", ["relu(h).square()", "gelu(h)", "gate * silu(h)"])
 def test_fused_through_inductor(way: str) -> None:
     name, function = FUSED[way]
-    model = Mlp(function, "chunk" if "gate" in way else "none").bfloat16()
+    model = FusedMlp(function, "chunk" if "gate" in way else "none").bfloat16()
     report = compare(model, {"down": ACT}, leaf(70, 64), inner="inductor", copied=rounded_once(name))
     assert report.sites[0].fused == name
 
@@ -624,21 +420,22 @@ class _Apply(nn.Module):
 
 def test_fused_where_nothing_is_trained() -> None:
     """Without a grad_weight nothing else reads the input, and without a backward nothing reads a relu."""
-    model, x = Mlp(squared_relu).bfloat16(), leaf(70, 64)
+    model, x = FusedMlp(squared_relu).bfloat16(), leaf(70, 64)
     model.down.weight.requires_grad_(False)
     (site,) = captured(model, x, {"down": ACT}).report.sites
     assert (site.fused, site.grad_weight) == ("squared_relu", None)
     with torch.no_grad():
-        report = compare(Mlp(lambda h, _: F.relu(h)).bfloat16(), {"down": ACT}, x.detach(), backward=False)
+        report = compare(FusedMlp(lambda h, _: F.relu(h)).bfloat16(), {"down": ACT}, x.detach(), backward=False)
         assert report.sites[0].fused == "relu"
         # No gradient, no mask of it that would read the result.
         masked = {"down": replace(ACT, grad_input="masked")}
         assert (
-            compare(Mlp(squared_relu).bfloat16(), masked, x.detach(), backward=False).sites[0].fused == "squared_relu"
+            compare(FusedMlp(squared_relu).bfloat16(), masked, x.detach(), backward=False).sites[0].fused
+            == "squared_relu"
         )
 
 
-class Reading(Mlp):
+class Reading(FusedMlp):
     """The function's result has a second reader."""
 
     def __init__(self, returned: bool) -> None:
@@ -655,15 +452,15 @@ class Reading(Mlp):
     [
         (Reading(returned=True), ACT),
         (Reading(returned=False), ACT),
-        (Mlp(lambda h, _: F.relu(h)), ACT),  # whose backward reads its result
-        (Mlp(lambda h, _: h.sigmoid()), ACT),
-        (Mlp(lambda h, _: F.silu(h) * 2.0), ACT),
-        (Mlp(lambda h, gate: F.silu(h) * gate[:1], "linear"), ACT),
-        (Mlp(lambda h, gate: F.silu(h[:1]) * gate, "linear"), ACT),
-        (Mlp(lambda h, gate: F.silu(h) * gate[:, :1], "linear"), ACT),
-        (Mlp(lambda h, _: F.relu(h.float()).square().bfloat16()), ACT),
-        (Mlp(squared_relu), replace(ACT, grad_input="masked")),
-        (Mlp(squared_relu), (MVUE, ACT)),  # grad_weight reads it dense
+        (FusedMlp(lambda h, _: F.relu(h)), ACT),  # whose backward reads its result
+        (FusedMlp(lambda h, _: h.sigmoid()), ACT),
+        (FusedMlp(lambda h, _: F.silu(h) * 2.0), ACT),
+        (FusedMlp(lambda h, gate: F.silu(h) * gate[:1], "linear"), ACT),
+        (FusedMlp(lambda h, gate: F.silu(h[:1]) * gate, "linear"), ACT),
+        (FusedMlp(lambda h, gate: F.silu(h) * gate[:, :1], "linear"), ACT),
+        (FusedMlp(lambda h, _: F.relu(h.float()).square().bfloat16()), ACT),
+        (FusedMlp(squared_relu), replace(ACT, grad_input="masked")),
+        (FusedMlp(squared_relu), (MVUE, ACT)),  # grad_weight reads it dense
     ],
     ids=[
         "returned", "read", "relu", "sigmoid", "number for a gate", "gate broadcast",
@@ -686,7 +483,7 @@ def test_not_fused_where_its_result_is_read_and_viewed() -> None:
 
 
 def test_not_fused_where_two_linears_read_it() -> None:
-    class Two(Mlp):
+    class Two(FusedMlp):
         def __init__(self) -> None:
             super().__init__(squared_relu)
             self.other = nn.Linear(128, 64, bias=False)
@@ -705,17 +502,7 @@ def test_not_fused_where_two_linears_read_it() -> None:
 # Reasons
 
 
-HOPPER = Limits(device="cuda", capability=(9, 0))
 AUTO = sp.ActivationSparsity()
-
-
-class By(nn.Module):
-    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
-        super().__init__()
-        self.multiply, self.w = multiply, nn.Parameter(torch.randn(*shape) / 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x.cos(), self.w).sin()
 
 
 @pytest.mark.parametrize(
@@ -740,7 +527,7 @@ class By(nn.Module):
 )  # fmt: skip
 def test_devices(scheme: Any, limits: Limits, reason: str) -> None:
     """What is computed does not depend on the device."""
-    found = captured(Up(), leaf(8, 64), {"up": scheme}, limits=device(limits))
+    found = captured(Up(bias=True), leaf(8, 64), {"up": scheme}, limits=device(limits))
     (site,) = found.report.sites
     kernel = "masked_dense" if reason else "cusparselt" if limits is HOPPER else "reference"
     assert (site.reason, site.output, site.grad_weight) == (reason, kernel, kernel)
@@ -774,7 +561,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_reasons(way: str) -> None:
     multiply, shape, size, reason = WAYS[way]
-    found = captured(By(multiply, *shape), leaf(*size), {"w": ACT})
+    found = captured(Apply(multiply, *shape), leaf(*size), {"w": ACT})
     (site,) = found.report.sites
     assert (site.status, site.output, site.grad_weight) == ("masked_dense", "masked_dense", "masked_dense")
     assert site.reason == reason

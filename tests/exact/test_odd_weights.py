@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph_printer import capture, printed
-from support import TOLERANCE, OwnLinear, compare, errors, fresh_compile, relative_error, run, ste_reference
+from networks import OwnLinear
+from support import TOLERANCE, compare, errors, fresh_compile, relative_error, run, ste_reference
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.testing._internal.two_tensor import TwoTensor

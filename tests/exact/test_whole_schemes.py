@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graph_printer import capture
+from networks import OwnLinear
 from support import (
     TOLERANCE,
-    OwnLinear,
     Result,
     errors,
     fresh_compile,

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from graph_printer import Captured, capture, device, printed
+from graph_printer import HOPPER, Captured, capture, device, printed
+from networks import Apply
 from torch import Tensor, nn
 from torch.fx import Graph
 
@@ -25,20 +26,7 @@ from sparse_pass.plan.limits import Limits
 W24 = sp.WeightSparsity()
 CPU = Limits(device="cpu")
 SM75 = Limits(device="cuda", capability=(7, 5))
-SM90 = Limits(device="cuda", capability=(9, 0))
 NO_LIBRARY = Limits(device="cuda", capability=(8, 0), unavailable="libcusparseLt.so.0 was not found")
-
-
-class Apply(nn.Module):
-    """``function(x, self.w)``: any way to use a parameter, which is then named by its own name."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
-        super().__init__()
-        self.function = function
-        self.w = nn.Parameter(torch.randn(*shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x.sin(), self.w)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +38,7 @@ class Declined:
     input: tuple[int, ...] = (8, 64)
     dtype: torch.dtype = torch.bfloat16
     scheme: sp.WeightSparsity = W24
-    limits: Limits = SM90
+    limits: Limits = HOPPER
     reason: str
     output: str = "masked_dense"
     grad_input: str = "masked_dense"
@@ -189,7 +177,7 @@ def test_fake_sm90() -> None:
 
     def limits(of: torch.device, dtype: torch.dtype) -> Limits:
         asked.append((of.type, dtype))
-        return SM90
+        return HOPPER
 
     x = torch.randn(8, 64, dtype=torch.bfloat16)
     captured = capture(Mlp().to(torch.bfloat16), [x], MIXED, limits=limits)

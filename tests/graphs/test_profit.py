@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
-from graph_printer import Captured, capture, device, trains_as
+from graph_printer import HOPPER, Fixed, capture, device, trains_as
 from support import TOLERANCE, check_invariants, graph_facts, relative_error
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -23,24 +20,8 @@ from sparse_pass.kernels.problem import Problem
 from sparse_pass.kernels.timings import Timing
 from sparse_pass.one_graph import rewrite_graph
 from sparse_pass.plan import costs as costs_module
-from sparse_pass.plan.costs import Costs, Measured, Preparation, Product, Times
+from sparse_pass.plan.costs import Costs, Measured, Product, Times
 from sparse_pass.plan.limits import Limits
-
-HOPPER = Limits(device="cuda", capability=(9, 0))
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Microseconds, sparse and dense, of each GEMM (by M, if a mapping) and of making the operand."""
-
-    gemm: Times | Mapping[int, Times]
-    operand: Times
-
-    def product(self, product: Product) -> Times:
-        return self.gemm[product.m] if isinstance(self.gemm, Mapping) else self.gemm
-
-    def preparation(self, preparation: Preparation) -> Times:
-        return self.operand
 
 
 def trained(costs: Costs | None, backend: str = "auto") -> tuple[sp.Site, torch.Tensor]:
@@ -92,96 +73,6 @@ def test_out_of_memory_while_measuring(caplog: pytest.LogCaptureFixture) -> None
     site, _ = trained(Full(None, None))
     assert (site.status, site.reason) == ("sparse", "")
     assert "could not be measured (CUDA out of memory. Tried to allocate 2.00 GiB)" in caplog.text
-
-
-class Two(nn.Module):
-    """One weight, with 8 rows and with 128."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(64, 64, bias=False)
-
-    def forward(self, few: Tensor, many: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fc(few.sin()), self.fc(many.sin())
-
-
-def of_two(costs: Costs) -> tuple[Captured, list[sp.Site]]:
-    inputs = [torch.randn(m, 64, dtype=torch.bfloat16, requires_grad=True) for m in (8, 128)]
-    captured = capture(Two().bfloat16(), inputs, {"fc": sp.WeightSparsity()}, limits=device(HOPPER), costs=costs)
-    captured.check_invariants()
-    return captured, list(captured.report.sites)
-
-
-def test_one_verdict_of_a_weight() -> None:
-    """The times of all its GEMMs count together. Alone, the call with few rows would be dense."""
-    captured, sites = of_two(Fixed({8: (20.0, 10.0), 128: (10.0, 30.0)}, (1.0, 1.0)))
-    assert [(site.status, site.reason, site.output, site.grad_input) for site in sites] == [
-        ("sparse", "", "cusparselt", "cusparselt")
-    ] * 2
-    assert_expected_inline(
-        captured.text,
-        """\
-sin = aten.sin(primals_1)
-sparsify = sparse_pass.sparsify(primals_2, 'optimal')  # fc
-getitem = sparsify[0]  # fc
-getitem_1 = sparsify[1]  # fc
-linear = sparse_pass.linear(sin, getitem, None, 64)  # fc
-sin_1 = aten.sin(primals_3)
-linear_1 = sparse_pass.linear(sin_1, getitem, None, 64)  # fc
-permute = aten.permute(tangents_2, [1, 0])  # fc, backward
-mm = aten.mm(permute, sin_1)  # fc, backward
-permute_1 = aten.permute(mm, [1, 0])  # fc, backward
-linear_2 = sparse_pass.linear(tangents_2, getitem_1, None, 64)  # fc, backward
-permute_2 = aten.permute(permute_1, [1, 0])  # fc, backward
-cos = aten.cos(primals_3)  # backward
-mul = aten.mul(linear_2, cos)  # backward
-permute_3 = aten.permute(tangents_1, [1, 0])  # fc, backward
-mm_1 = aten.mm(permute_3, sin)  # fc, backward
-permute_4 = aten.permute(mm_1, [1, 0])  # fc, backward
-linear_3 = sparse_pass.linear(tangents_1, getitem_1, None, 64)  # fc, backward
-permute_5 = aten.permute(permute_4, [1, 0])  # fc, backward
-add = aten.add(permute_2, permute_5)  # backward
-cos_1 = aten.cos(primals_1)  # backward
-mul_1 = aten.mul(linear_3, cos_1)  # backward
-return linear, linear_1, mul_1, add, mul""",
-    )
-
-
-def test_one_verdict_of_a_weight_that_loses() -> None:
-    captured, sites = of_two(Fixed({8: (40.0, 10.0), 128: (10.0, 20.0)}, (1.0, 1.0)))
-    reason = "measured slower: 101 us with 2:4 kernels, 61 us with a dense masked weight"
-    assert [(site.status, site.reason, site.measured) for site in sites] == [("masked_dense", reason, True)] * 2
-    assert_expected_inline(
-        captured.text,
-        """\
-sin = aten.sin(primals_1)
-mask24 = sparse_pass.mask24(primals_2, 'optimal')  # fc
-full = aten.full(0)  # fc
-where = aten.where(mask24, primals_2, full)  # fc
-permute = aten.permute(where, [1, 0])  # fc
-mm = aten.mm(sin, permute)  # fc
-sin_1 = aten.sin(primals_3)
-permute_1 = aten.permute(where, [1, 0])  # fc
-mm_1 = aten.mm(sin_1, permute_1)  # fc
-permute_2 = aten.permute(tangents_2, [1, 0])  # fc, backward
-mm_2 = aten.mm(permute_2, sin_1)  # fc, backward
-permute_3 = aten.permute(mm_2, [1, 0])  # fc, backward
-permute_4 = aten.permute(permute_1, [1, 0])  # fc, backward
-mm_3 = aten.mm(tangents_2, permute_4)  # fc, backward
-permute_5 = aten.permute(permute_3, [1, 0])  # fc, backward
-cos = aten.cos(primals_3)  # backward
-mul = aten.mul(mm_3, cos)  # backward
-permute_6 = aten.permute(tangents_1, [1, 0])  # fc, backward
-mm_4 = aten.mm(permute_6, sin)  # fc, backward
-permute_7 = aten.permute(mm_4, [1, 0])  # fc, backward
-permute_8 = aten.permute(permute, [1, 0])  # fc, backward
-mm_5 = aten.mm(tangents_1, permute_8)  # fc, backward
-permute_9 = aten.permute(permute_7, [1, 0])  # fc, backward
-add = aten.add(permute_5, permute_9)  # backward
-cos_1 = aten.cos(primals_1)  # backward
-mul_1 = aten.mul(mm_5, cos_1)  # backward
-return mm, mm_1, mul_1, add, mul""",
-    )
 
 
 # What is asked of a GPU: of a graph whose tensors are said to be on one

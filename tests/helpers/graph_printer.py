@@ -29,12 +29,16 @@ from sparse_pass.capture import copy_graph, report_graph
 from sparse_pass.captured import graph_names
 from sparse_pass.fqn import parse_config
 from sparse_pass.one_graph import rewrite_graph
-from sparse_pass.plan.costs import Costs
+from sparse_pass.plan.costs import Costs, Preparation, Product, Times
 from sparse_pass.plan.limits import AskLimits, Limits, device_limits
 from sparse_pass.report import Report
 
 # Their lists are shapes.
 SHAPED = frozenset({"view", "reshape", "_unsafe_view", "expand", "full", "unsqueeze"})
+# Where a tensor is made: the same in all graphs of a test.
+PLACED = frozenset({"layout", "device", "pin_memory"})
+
+HOPPER = Limits(device="cuda", capability=(9, 0))
 
 
 def printed(graph: Graph) -> str:
@@ -69,7 +73,7 @@ def _call(node: Node, names: Mapping[Node, str]) -> str:
         return f"{_argument(node.args[0], names)}[{node.args[1]}]"
     shaped = _op(node).rpartition(".")[2] in SHAPED
     shown = [_argument(arg, names) for arg in node.args if not (shaped and isinstance(arg, (list, tuple)))]
-    shown += [f"{key}={_argument(value, names)}" for key, value in node.kwargs.items() if not shaped]
+    shown += [f"{key}={_argument(value, names)}" for key, value in node.kwargs.items() if not shaped | (key in PLACED)]
     return f"{_op(node)}({', '.join(shown)})"
 
 
@@ -148,6 +152,20 @@ def capture(model: Callable[..., Any], inputs: Sequence[Any], config: Mapping[st
     """The one graph of a model."""
     (only,) = capture_all(model, inputs, config, **options)
     return only
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Microseconds, sparse and dense, of each GEMM (by M, if a mapping) and of making the operand."""
+
+    gemm: Times | Mapping[int, Times]
+    operand: Times
+
+    def product(self, product: Product) -> Times:
+        return self.gemm[product.m] if isinstance(self.gemm, Mapping) else self.gemm
+
+    def preparation(self, preparation: Preparation) -> Times:
+        return self.operand
 
 
 def device(limits: Limits) -> AskLimits:

@@ -51,23 +51,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(difference / norm) if norm else float(difference)
 
 
-# Networks
-
-
-class OwnLinear(torch.autograd.Function):
-    """A linear whose backward its author wrote."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return grad @ w, grad.T @ x
-
-
 # The reference
 
 

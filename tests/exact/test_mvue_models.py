@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from expecttest import assert_expected_inline
-from graph_printer import capture, device, printed
-from support import TOLERANCE, OwnLinear, decay_of, errors, fresh_compile, invariants_checked, relative_error, run
+from graph_printer import HOPPER, capture, device, printed
+from networks import Apply, Conv1D, OwnLinear, Up
+from support import TOLERANCE, decay_of, errors, fresh_compile, invariants_checked, relative_error, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -162,18 +162,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
-
-
-class Conv1D(nn.Module):
-    """As transformers has it in GPT-2."""
-
-    def __init__(self, k: int, n: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(k, n) / 4), nn.Parameter(torch.randn(n))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
-        return y.view(*x.shape[:-1], -1)
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -407,118 +395,7 @@ def test_explain_leaves_the_random_state() -> None:
     assert {site.grad_weight for site in report.sites} == {"masked_dense"}
 
 
-# Graphs
-
-
-class Up(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(64, 128, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(x.sin())
-
-
-class Gpt2(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = Conv1D(64, 128)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(x.sin())
-
-
-def rewritten(model: nn.Module, scheme: sp.WeightSparsity) -> str:
-    captured = capture(model.bfloat16(), [leaf(8, 64, dtype=torch.bfloat16)], {"up": scheme})
-    captured.check_invariants()
-    return captured.text.replace(", dtype=int64, layout=torch.strided, device=device(type='cpu'), pin_memory=False", "")
-
-
-def test_golden() -> None:
-    assert_expected_inline(
-        rewritten(Up(), MVUE),
-        """\
-sin = aten.sin(primals_1)
-mask24 = sparse_pass.mask24(primals_2, 'optimal')  # up
-full = aten.full(0)  # up
-where = aten.where(mask24, primals_2, full)  # up
-permute = aten.permute(where, [1, 0])  # up
-mm = aten.mm(sin, permute)  # up
-randint = aten.randint(0, 4611686018427387904, [1])  # up, backward
-mvue24 = sparse_pass.mvue24(tangents_1, randint)  # up, backward
-permute_1 = aten.permute(mvue24, [1, 0])  # up, backward
-mm_1 = aten.mm(permute_1, sin)  # up, backward
-permute_2 = aten.permute(mm_1, [1, 0])  # up, backward
-permute_3 = aten.permute(permute, [1, 0])  # up, backward
-mm_2 = aten.mm(tangents_1, permute_3)  # up, backward
-permute_4 = aten.permute(permute_2, [1, 0])  # up, backward
-cos = aten.cos(primals_1)  # backward
-mul = aten.mul(mm_2, cos)  # backward
-return mm, mul, permute_4""",
-    )
-
-
-def test_golden_sparse() -> None:
-    assert_expected_inline(
-        rewritten(Up(), KERNELS),
-        """\
-sin = aten.sin(primals_1)
-sparsify = sparse_pass.sparsify(primals_2, 'optimal')  # up
-getitem = sparsify[0]  # up
-getitem_1 = sparsify[1]  # up
-linear = sparse_pass.linear(sin, getitem, None, 128)  # up
-randint = aten.randint(0, 4611686018427387904, [1])  # up, backward
-sparsify_mvue = sparse_pass.sparsify_mvue(tangents_1, randint)  # up, backward
-grad_weight = sparse_pass.grad_weight(sparsify_mvue, sin, 128)  # up, backward
-permute = aten.permute(grad_weight, [1, 0])  # up, backward
-linear_1 = sparse_pass.linear(tangents_1, getitem_1, None, 64)  # up, backward
-permute_1 = aten.permute(permute, [1, 0])  # up, backward
-cos = aten.cos(primals_1)  # backward
-mul = aten.mul(linear_1, cos)  # backward
-return linear, mul, permute_1""",
-    )
-
-
-def test_golden_conv1d_sparse() -> None:
-    assert_expected_inline(
-        rewritten(Gpt2(), KERNELS),
-        """\
-sin = aten.sin(primals_1)
-view = aten.view(sin)  # up
-sparsify = sparse_pass.sparsify(primals_3, 'optimal')  # up
-getitem = sparsify[1]  # up
-getitem_1 = sparsify[0]  # up
-linear = sparse_pass.linear(view, getitem, primals_2, 128)  # up
-view_1 = aten.view(linear)  # up
-view_2 = aten.view(tangents_1)  # up, backward
-linear_1 = sparse_pass.linear(view_2, getitem_1, None, 64)  # up, backward
-randint = aten.randint(0, 4611686018427387904, [1])  # up, backward
-sparsify_mvue_sum = sparse_pass.sparsify_mvue_sum(view_2, randint)  # up, backward
-getitem_2 = sparsify_mvue_sum[0]  # up, backward
-grad_weight = sparse_pass.grad_weight(getitem_2, view, 128)  # up, backward
-permute = aten.permute(grad_weight, [1, 0])  # up, backward
-clone = aten.clone(permute, memory_format=torch.contiguous_format)  # up, backward
-getitem_3 = sparsify_mvue_sum[1]  # up, backward
-sum = aten.sum(getitem_3, [0], True)  # up, backward
-convert_element_type = prims.convert_element_type(sum, bfloat16)  # up, backward
-view_3 = aten.view(convert_element_type)  # up, backward
-view_4 = aten.view(linear_1)  # up, backward
-cos = aten.cos(primals_1)  # backward
-mul = aten.mul(view_4, cos)  # backward
-return view_1, mul, view_3, clone""",
-    )
-
-
 # What cannot have one
-
-
-class By(nn.Module):
-    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
-        super().__init__()
-        self.multiply, self.w = multiply, nn.Parameter(torch.randn(*shape) / 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x.cos(), self.w).sin()
 
 
 WAYS = {
@@ -544,7 +421,7 @@ WAYS = {
 def test_way(way: str) -> None:
     """Where grad_weight is one matmul, in whatever orientation, its numbers change; else the report says why not."""
     multiply, shape, size, reason = WAYS[way]
-    model, x = By(multiply, *shape), leaf(*size)
+    model, x = Apply(multiply, *shape), leaf(*size)
     found = []
     for scheme in (MVUE, sp.WeightSparsity()):
         torch._dynamo.reset()
@@ -564,7 +441,7 @@ def test_way(way: str) -> None:
 @pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][-1]])
 def test_strict_refuses(way: str) -> None:
     multiply, shape, size, reason = WAYS[way]
-    model = By(multiply, *shape)
+    model = Apply(multiply, *shape)
     backend = sp.sparse_backend({"w": MVUE}, model=model, inner="aot_eager", strict=True)
     with pytest.raises(Exception, match=rf"'w'.*changes grad_weight, but {reason}"):
         torch.compile(model, backend=backend)(leaf(*size))
@@ -573,7 +450,7 @@ def test_strict_refuses(way: str) -> None:
 @pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][-1]])
 def test_strict_asks_for_no_gradient_that_stays_dense(way: str) -> None:
     multiply, shape, size, _ = WAYS[way]
-    model = By(multiply, *shape)
+    model = Apply(multiply, *shape)
     backend = sp.sparse_backend({"w": sp.WeightSparsity()}, model=model, inner="aot_eager", strict=True)
     torch.compile(model, backend=backend)(leaf(*size))
     assert [site.status for site in backend.report.sites] == ["masked_dense"]
@@ -612,10 +489,10 @@ def test_what_the_kernels_do_not_take(model: nn.Module, x: Tensor, kernels: str,
 @pytest.mark.parametrize(
     ("limits", "scheme", "kernel", "reason"),
     [
-        (Limits(device="cuda", capability=(9, 0)), MVUE, "cusparselt", ""),
+        (HOPPER, MVUE, "cusparselt", ""),
         (Limits(device="cuda", capability=(7, 5)), MVUE, "masked_dense", "SM75 has no sparse tensor cores"),
         (
-            Limits(device="cuda", capability=(9, 0), unavailable="no library"), MVUE, "masked_dense", "no library",
+            replace(HOPPER, unavailable="no library"), MVUE, "masked_dense", "no library",
         ),
         (Limits(device="cpu"), MVUE, "masked_dense", "no 2:4 kernels on cpu"),
         (Limits(device="cpu"), replace(MVUE, backend="masked_dense"), "masked_dense", "backend='masked_dense' was"),
