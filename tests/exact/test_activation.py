@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
@@ -41,12 +41,6 @@ SCHEMES = [ACT, MASKED, ROWWISE, sp.ActivationSparsity(mask="greedy"), replace(R
 INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 INF, NAN = float("inf"), float("nan")
 ops = torch.ops.sparse_pass
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    with fresh_compile():
-        yield
 
 
 def leaf(*shape: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from graph_printer import HOPPER, Captured, capture, device
 from networks import Apply, Conv1D, Function, FusedMlp, Up, squared_relu
-from support import TOLERANCE, compare_inputs, fresh_compile, relative_error
+from support import TOLERANCE, compare_inputs, relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -32,12 +32,6 @@ MVUE = replace(W24, grad_weight="mvue")
 INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 sparse = torch.ops.sparse_pass
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    with fresh_compile():
-        yield
 
 
 # Operators

@@ -33,12 +33,6 @@ Drawn = dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
 """What grad_output was given to the operators and with which seed, in the order of the backward, by its shape."""
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    with fresh_compile():
-        yield
-
-
 # The reference
 
 

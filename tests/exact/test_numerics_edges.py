@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import TOLERANCE, Result, fresh_compile, relative_error, run
+from support import TOLERANCE, Result, relative_error, run
 from torch import Tensor, nn
 
 import sparse_pass as sp
@@ -30,12 +30,6 @@ INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 MASKS = pytest.mark.parametrize("mask", ["optimal", "greedy"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    with fresh_compile():
-        yield
 
 
 def compiled(model: nn.Module, scheme: sp.WeightSparsity = W24, inner: str = "aot_eager") -> Callable[..., Tensor]:

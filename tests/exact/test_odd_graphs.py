@@ -20,11 +20,6 @@ W24 = sp.WeightSparsity()
 INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
-
-
 def leaf(*shape: int) -> Tensor:
     return torch.randn(shape, requires_grad=True)
 

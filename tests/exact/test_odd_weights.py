@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,12 +24,6 @@ from sparse_pass.plan.limits import Limits, device_limits
 
 W24 = sp.WeightSparsity()
 KERNELS = sp.WeightSparsity(backend="cusparselt")
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    with fresh_compile():
-        yield
 
 
 class By(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,12 +37,6 @@ W24 = sp.WeightSparsity()
 MASKED = sp.WeightSparsity(grad_weight="masked")
 MASKED_AND_DECAY = sp.WeightSparsity(grad_weight="masked", decay=0.5)
 COMPUTES = "the GEMM reads what the graph computes from the weight"
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    with fresh_compile():
-        yield
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
@@ -35,7 +36,7 @@ MISSPELT = {"0": SPARSE, "zero": SPARSE}
 
 @pytest.fixture(autouse=True)
 def _caches_on(fresh_compiler: None) -> Iterator[None]:
-    with fresh_cache(), inductor_config.patch(force_disable_caches=False):
+    with fresh_cache(), inductor_config.patch(fx_graph_cache=True), functorch_config.patch(enable_autograd_cache=True):
         yield
 
 
@@ -357,7 +358,6 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "TORCHINDUCTOR_VEC_ISA_OK": "0",  # else a new cache folder costs 15 s of trial compilations
         "OMP_NUM_THREADS": "1",
     }
     seen = []
@@ -377,6 +377,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("way", ["backend", "options"])
 def test_second_process(way: str, processes: list[dict[str, Any]]) -> None:
+    """The code that a cache holds imports what it calls, too: nothing is lowered where it is loaded."""
     cold, warm = (dict(process[way]) for process in processes)
     assert (cold.pop("misses"), cold.pop("hits")) == (1, 0)
     assert (warm.pop("misses"), warm.pop("hits")) == (0, 1)

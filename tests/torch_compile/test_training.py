@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from replaced_weights import REPLACED
-from support import TOLERANCE, errors, fresh_compile, in_threads, relative_error, run, ste_reference, twins
+from support import TOLERANCE, errors, in_threads, relative_error, run, ste_reference, twins
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch.utils.checkpoint import checkpoint
@@ -22,12 +22,6 @@ W24 = sp.WeightSparsity()
 CONFIG = {"up": W24, "down": W24}
 FLOAT32 = TOLERANCE[torch.float32]
 INNERS = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    with fresh_compile():
-        yield
 
 
 class Net(nn.Module):
