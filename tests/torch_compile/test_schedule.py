@@ -13,6 +13,7 @@ import pytest
 import torch
 from stack import Stack
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 from torch.distributed.device_mesh import init_device_mesh
@@ -336,7 +337,7 @@ def test_warm_caches() -> None:
         counters = torch._dynamo.utils.counters["aot_autograd"]
         return outputs, backend.report, counters["autograd_cache_hit"], counters["autograd_cache_miss"]
 
-    with fresh_cache(), inductor_config.patch(force_disable_caches=False):
+    with fresh_cache(), inductor_config.patch(fx_graph_cache=True), functorch_config.patch(enable_autograd_cache=True):
         outputs, report, *counts = start()
         assert counts == [0, 2]
         warm, warm_report, *counts = start()
