@@ -16,7 +16,7 @@ from .config import Config
 from .fqn import Pattern, choose, parse_config
 from .graph.find import find_linears
 from .graph.gemms import GemmName
-from .graph.parameters import Names, has_backward, parameter_nodes
+from .graph.parameters import Names, has_backward, parameter_nodes, sharding_of_nodes
 from .plan.costs import Costs
 from .plan.decide import make_plan
 from .plan.limits import AskLimits, device_limits
@@ -48,7 +48,7 @@ def rewrite_graph(
     if (names is not None or TracingContext.try_get()) and _is_branch(graph):
         return _branch_report(graph, patterns)
     parameters = parameter_nodes(graph, names.by_input, names.by_attribute) if names else parameter_nodes(graph)
-    found = find_linears(graph, parameters)
+    found = find_linears(graph, parameters, sharding_of_nodes(graph, names.shardings) if names else None)
     eager_backward = names.eager_backward if names else ()
     plan = make_plan(found, patterns, limits, costs, strict=strict, eager_backward=eager_backward)
     training = has_backward(graph)
@@ -82,7 +82,7 @@ def _site(plan: LinearPlan, training: bool) -> Site:
         dtype=linear.output.operand.meta["val"].dtype, shape=(m if isinstance(m, int) else str(m), n, k),
         status="skipped" if plan.skipped else "sparse" if sparse else "masked_dense",
         reason="; ".join(map(str, _distinct(plan.reasons))),
-        fused=fused.name if fused else None, training=training,
+        shard_of=str(linear.sharding or ""), fused=fused.name if fused else None, training=training,
         measured=any(reason.measured for reason in plan.reasons), **kernels,
     )  # fmt: skip
 

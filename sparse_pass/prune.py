@@ -6,10 +6,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .config import Config, input_scheme, weight_scheme
+from .config import Config, Scheme, input_scheme, weight_scheme
+from .dynamo.fsdp import gathered_dtypes
 from .fqn import normalize, parse_config
 from .model_names import check_names, chosen_weights
 from .ops.definitions import mask24
+from .ops.shards import local
 from .plan.legal import why_shape_skipped
 from .report import Report, Site
 
@@ -21,11 +23,19 @@ _REMOVALS = {
 """By the classes of hooks that compute a weight before each call; two of them are deprecated, so by name."""
 
 
-def prune_(model: nn.Module, config: Config) -> Report:
+def prune_(
+    model: nn.Module, config: Config, *, dtype: torch.dtype | None = None, whole: nn.Module | None = None
+) -> Report:
     """Replace the named weights by S(weight), in place; shapes, dtypes and the state_dict's keys stay.
 
     The mask is the one that training used, so the pruned model computes in plain eager or compiled
-    dense PyTorch what it computed under the pass. Of a weight whose input was the 2:4 operand of the output, by
+    dense PyTorch what it computed under the pass: that of the tensor which the compiled code is given as the parameter.
+    It is the stored parameter, under autocast too. Under FSDP2 with ``MixedPrecisionPolicy(param_dtype=...)`` it is the
+    gathered one, which is rounded to that dtype: FSDP2's own modules are asked for it, and of a checkpoint that was
+    loaded elsewhere ``dtype`` must say so.
+
+    Weights that are DTensors are pruned shard by shard, and gathered one by one where a shard ends inside of a 4x4
+    tile, so all ranks must call this. Of a weight whose input was the 2:4 operand of the output, by
     itself or in a pair with the weight, nothing is written: the output was computed with the dense weight, and with
     a 2:4 input that a dense model does not have.
 
@@ -33,17 +43,23 @@ def prune_(model: nn.Module, config: Config) -> Report:
         model: any module; compiled or wrapped ones too.
         config: names to schemes, as for :func:`sparse_backend`; only ``mask`` of a scheme counts, and only of
             a `WeightSparsity` that stands alone.
+        dtype: masks are chosen on the weights rounded to it. By default on what FSDP2's policies say, and else on the
+            weights as they are.
+        whole: the model that ``model`` is a part of, as for :func:`sparse_backend`.
 
     Returns:
         Report: one site per weight, ``sparse`` or ``skipped``; M is ``"-"``, as no GEMM is involved.
 
     Raises:
-        ValueError: a name that names no linear weight, an exactly named weight that cannot be 2:4
-            sparse, a weight without data (meta device) or one that a parametrization computes. Nothing is
-            written then.
+        ValueError: a ``dtype`` that is not of floating point; a name that names no linear weight, an exactly named
+            weight that cannot be 2:4 sparse, a weight without data (meta device) or one that a parametrization
+            computes. Nothing is written then.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: expected the floating point dtype that training saw, such as torch.bfloat16")
     patterns = parse_config(config)
-    check_names(model, patterns)
+    check_names(whole or model, patterns)
+    gathered = gathered_dtypes(model)
     sites, kept = [], []
     for name, weight, pattern in chosen_weights(model, patterns):
         scheme = pattern.scheme
@@ -56,16 +72,12 @@ def prune_(model: nn.Module, config: Config) -> Report:
                 f"{name!r} computes its weight from other parameters, so that a mask cannot be written into it:"
                 f" call {_removal(model, name)} first, or map it to None"
             )
-        if sparsity is None:
-            reason = "the scheme is of the input only: the weight stays dense"
-        elif input_scheme(scheme) is not None:
-            reason = "the output is computed with the dense weight: of a pair it is the input that is 2:4 there"
-        elif weight.is_meta:
-            raise ValueError(f"{name!r} is on the meta device: load its data before prune_")
-        else:
-            reason = why_shape_skipped(weight.shape) or ""
-            if not reason:
-                kept.append((weight, mask24(weight.detach(), sparsity.mask)))
+        reason = _why_left(scheme, weight)
+        if sparsity is not None and not reason:
+            if weight.is_meta:
+                raise ValueError(f"{name!r} is on the meta device: load its data before prune_")
+            seen = weight.detach().to(dtype or gathered.get(id(weight), weight.dtype))
+            kept.append((weight, mask24(seen, sparsity.mask)))
         n, k = weight.shape
         sites.append(
             Site(
@@ -81,8 +93,17 @@ def prune_(model: nn.Module, config: Config) -> Report:
     with torch.no_grad():
         for weight, mask in kept:
             # Not a product: 0 * inf would leave a NaN where the mask drops an infinity.
-            weight.masked_fill_(~mask, 0)
+            local(weight).masked_fill_(~local(mask), 0)
     return Report(sites=tuple(sites))
+
+
+def _why_left(scheme: Scheme, weight: nn.Parameter) -> str:
+    """Why nothing is written into a weight; empty if its mask is."""
+    if weight_scheme(scheme) is None:
+        return "the scheme is of the input only: the weight stays dense"
+    if input_scheme(scheme) is not None:
+        return "the output is computed with the dense weight: of a pair it is the input that is 2:4 there"
+    return why_shape_skipped(weight.shape) or ""
 
 
 def _removal(model: nn.Module, name: str) -> str:

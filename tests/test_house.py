@@ -31,34 +31,35 @@ ALLOWED = {
     "inductor": "capture captured config graph_pass one_graph report",
     "captured": "dynamo fqn graph",
     "capture": "graph_pass",
-    "dynamo": "config dynamo fqn model_names",
+    "dynamo": "config dynamo fqn model_names shards",
     "usage": "",
     "graph_pass": "config fqn graph one_graph ops plan report vocabulary",
     "one_graph": "apply config fqn graph plan report",
-    "prune": "config fqn model_names ops plan report",
+    "prune": "config dynamo fqn model_names ops plan report",
     "model_names": "config fqn plan",
     "apply": "apply graph ops plan",
     "plan": "config fqn graph kernels plan vocabulary",
-    "graph": "fqn graph",
-    "ops": "kernels ops vocabulary",
+    "graph": "fqn graph shards",
+    "ops": "kernels ops shards vocabulary",
     "report": "config",
     "fqn": "config",
     "config": "",
     "kernels": "kernels vocabulary",
+    "shards": "vocabulary",
     "vocabulary": "",
 }
 
 CONTRACT = {
     "ActivationSparsity": "(*, mask='optimal', grad_input='dense', backend='auto')",
     "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, backend='auto')",
-    "sparse_backend": "(config, *, model=None, inner='inductor', strict=False, tune='auto', require=None,"
+    "sparse_backend": "(config, *, model=None, whole=None, inner='inductor', strict=False, tune='auto', require=None,"
     " **inductor_options)",
     "SparsePass": "(config, *, strict=False, tune='auto', require=None)",
     "inductor_options": "(config, options=None)",
     "rewrite": "(graph_module, config)",
     "explain": "(model, config)",
     "mask24": "(weight, mask='optimal')",
-    "prune_": "(model, config)",
+    "prune_": "(model, config, *, dtype=None, whole=None)",
 }
 """The public names and their signatures."""
 RECORDS = {"Report", "Site"}

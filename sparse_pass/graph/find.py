@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from ..fqn import AllNames, from_source
+from ..shards import Sharding
 from .backward import tangent_dependent
 from .calls import complete
 from .derived import Derived, derive
@@ -44,7 +45,9 @@ class Found:
     """Whether there are matmuls, and none carries the name of a module."""
 
 
-def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Found:
+def find_linears(
+    graph: Graph, parameters: Mapping[Node, tuple[str, ...]], shardings: Mapping[Node, Sharding] | None = None
+) -> Found:
     """All linears of a joint, inference or exported ATen graph.
 
     Args:
@@ -52,6 +55,7 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
         parameters: names of the placeholders (or get_attr nodes) known to be parameters; none for parameters
             known to be of another model, or to be no linear weight. Placeholders that are not in it count as
             weights only where a linear module reads them.
+        shardings: how ranks share those that are shards.
     """
     backward = tangent_dependent(graph)
     derived = derive(graph, backward)
@@ -71,6 +75,8 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
                         others.setdefault(weight, []).append(use)
     forward = complete(graph, forward, others, backward, derived)
     linears = _tell_apart(forward, parameters)
+    if shardings:
+        linears = tuple(replace(one, sharding=shardings.get(one.weight)) for one in linears)
     return Found(linears, tuple(_other_weights(parameters, linears, backward)), stacks == {False})
 
 

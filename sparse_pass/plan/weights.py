@@ -136,7 +136,7 @@ def _reads(call: Call, scheme: WeightSparsity) -> Iterator[_Read]:
     for name, several in uses:
         for use in several if call.structured[name] == "weight" else ():
             read = _Read(call, scheme, Gemm(name, use.gemm, weight_read=use if use.reads(weight) else None), use, None)
-            text = why_not_sparse(use, weight, scheme, call.limits)
+            text = why_not_sparse(use, linear, scheme, call.limits)
             yield read if text is None else read.without_kernel(text)
 
 
