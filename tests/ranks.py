@@ -134,6 +134,7 @@ def check(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     before_step: Callable[[], None] = lambda: None,
+    named: list[str] = NAMED,
 ) -> None:
     """Train, and compare each step's loss and gradients with the reference's; then read the report.
 
@@ -154,10 +155,10 @@ def check(
         assert max(errors.values()) < 10 * reference.tolerance, (number, errors)
         before_step()
         optimizer.step()
-    check_report(backend)
+    check_report(backend, named)
 
 
-def check_report(backend: SparseBackend, named: list[str] = NAMED) -> None:
+def check_report(backend: SparseBackend, named: list[str]) -> None:
     report = backend.report
     served = {name for site in report.sites for name in (site.fqn, *site.serves)}
     assert sorted(served) == named, str(report)
