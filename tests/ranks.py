@@ -35,7 +35,7 @@ DIM, TOKENS, BATCH = 16, 8, 4
 W24 = sp.WeightSparsity()
 CONFIG = {"blocks.*.fc1": W24, "blocks.1.fc2": W24}
 NAMED = ["blocks.0.fc1", "blocks.1.fc1", "blocks.1.fc2"]
-STEPS = 3
+STEPS = 2
 
 
 class Block(nn.Module):

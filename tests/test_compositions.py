@@ -1,4 +1,4 @@
-"""DistributedDataParallel, FSDP2 and the training loop around them, on two and four ranks: numbers of three steps.
+"""DistributedDataParallel, FSDP2 and the training loop around them, on two and four ranks: losses and gradients.
 
 Each composition is held to one process that trains with straight-through masks written by hand. See `ranks`.
 """

@@ -1,4 +1,4 @@
-"""Tensor, sequence and context parallelism, alone and below FSDP2, on two and four ranks: numbers of three steps.
+"""Tensor, sequence and context parallelism, alone and below FSDP2, on two and four ranks: losses and gradients.
 
 See `ranks`, and `test_compositions` for what only splits the batch.
 """
