@@ -207,7 +207,7 @@ def launch(file: str, count: int, names: Iterable[str], **variables: str) -> str
     names = list(names)
     done: Any = subprocess.run(
         [sys.executable, file, str(count), *names],
-        env=python_environment(TORCH_LOGS="", **variables),
+        env=python_environment(**variables),
         capture_output=True,
         text=True,
         timeout=300,
