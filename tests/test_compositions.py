@@ -1,225 +1,68 @@
-"""DistributedDataParallel, FSDP2 and the training loop around them, on two and four ranks: losses and gradients.
+"""How people distribute training, on two and four ranks on CPUs: each composition against one process.
 
-Each composition is held to one process that trains with straight-through masks written by hand. See `ranks`.
+The compositions are in `data_parallel`, `tensor_parallel`, `pipelines` and `mixed_precision`; this file is also the
+program of their ranks, see `ranks`. Starting ranks takes as long as several compositions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from typing import Any
-from unittest import mock
+from collections.abc import Iterable
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import CONFIG, DIM, Network, Reference, batch, check, launch, loss_of, main, network, own
-from torch import Tensor, nn
-
-import sparse_pass as sp
-from sparse_pass.backend import SparseBackend
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+import data_parallel
+import mixed_precision
+import pipelines
+import tensor_parallel
+from ranks import CONFIG, W24, Network, launch, main, network
 
+import sparse_pass as sp
+from sparse_pass.shards import Sharding, Split
 
-def backend_for(model: nn.Module, inner: str = "aot_eager") -> SparseBackend:
-    return sp.sparse_backend(CONFIG, model=model, inner=inner)  # type: ignore[arg-type]
-
-
-def data_parallel(run: Callable[[Tensor], Tensor]) -> Callable[[int], Tensor]:
-    """A step on this rank's part of the batch."""
-
-    def step(number: int) -> Tensor:
-        x, classes = map(own, batch(number))
-        loss = loss_of(run(x), classes)
-        loss.backward()
-        return loss
-
-    return step
-
-
-# DistributedDataParallel
-
-
-def ddp(**options: Any) -> None:
-    model = network()
-    backend = backend_for(model)
-    wrapped = DistributedDataParallel(model, **options)
-    check(wrapped, backend, data_parallel(torch.compile(wrapped, backend=backend)))
-
-
-def ddp_buckets() -> None:
-    """Dynamo splits the graph where DDP's buckets end."""
-    with mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000):
-        ddp(bucket_cap_mb=0.002)
-
-
-def ddp_blocks() -> None:
-    model = network()
-    backend = backend_for(model)
-    for block in model.blocks:
-        block.compile(backend=backend)
-    wrapped = DistributedDataParallel(model)
-    check(wrapped, backend, data_parallel(wrapped))
-
-
-class Extra(Network):
-    """With a parameter that no step reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Linear(DIM, DIM)
-
-
-def ddp_find_unused() -> None:
-    torch.manual_seed(0)
-    model = Extra()
-    model.load_state_dict(network().state_dict(), strict=False)
-    backend = backend_for(model)
-    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    check(wrapped, backend, data_parallel(torch.compile(wrapped, backend=backend)))
-
-
-def ddp_no_sync() -> None:
-    """Two micro-steps that accumulate one gradient."""
-    model = network()
-    backend = backend_for(model)
-    wrapped = DistributedDataParallel(model)
-    compiled = torch.compile(wrapped, backend=backend)
-
-    def step(number: int) -> Tensor:
-        parts = [one.chunk(2) for one in map(own, batch(number))]
-        losses = []
-        for micro, (x, classes) in enumerate(zip(*parts, strict=True)):
-            with wrapped.no_sync() if micro == 0 else nullcontext():
-                losses.append(loss_of(compiled(x), classes) / 2)
-                losses[-1].backward()
-        return sum(losses)  # type: ignore[return-value]
-
-    check(wrapped, backend, step)
-
-
-def ddp_compiled_autograd() -> None:
-    model = network()
-    backend = backend_for(model)
-    wrapped = DistributedDataParallel(model)
-    with torch._dynamo.config.patch(compiled_autograd=True, optimize_ddp="python_reducer"):
-        check(wrapped, backend, data_parallel(torch.compile(wrapped, backend=backend)))
-
-
-# FSDP2
-
-
-def fsdp2(model: Network | None = None, *, blocks: bool = False, **options: Any) -> tuple[Network, SparseBackend, Any]:
-    """The sharded model, compiled: as a whole, or block by block."""
-    model = model or network()
-    for part in (*model.blocks, model):
-        fully_shard(part, **options)
-    backend = backend_for(model)
-    if not blocks:
-        return model, backend, torch.compile(model, backend=backend)
-    for block in model.blocks:
-        block.compile(backend=backend)
-    return model, backend, model
-
-
-def fsdp2_whole() -> None:
-    model, backend, run = fsdp2()
-    check(model, backend, data_parallel(run))
-
-
-def fsdp2_blocks() -> None:
-    model, backend, run = fsdp2(blocks=True, reshard_after_forward=False)
-    check(model, backend, data_parallel(run))
-
-
-def fsdp2_offload() -> None:
-    model, backend, run = fsdp2(blocks=True, offload_policy=CPUOffloadPolicy(pin_memory=False))
-    check(model, backend, data_parallel(run))
-
-
-def fsdp2_hybrid() -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
-    model, backend, run = fsdp2(mesh=mesh)
-    check(model, backend, data_parallel(run))
-
-
-def checkpointed(which: Iterable[int], **options: Any) -> Network:
-    model = network()
-    for place in which:
-        model.blocks[place] = checkpoint_wrapper(model.blocks[place], **options)
-    return model
-
-
-def fsdp2_checkpoint_full() -> None:
-    model, backend, run = fsdp2(checkpointed((0, 1)))
-    check(model, backend, data_parallel(run))
-
-
-def fsdp2_checkpoint_every_second() -> None:
-    model, backend, run = fsdp2(checkpointed((0,)), blocks=True)
-    check(model, backend, data_parallel(run))
-
-
-def fsdp2_checkpoint_selective() -> None:
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
-    saved = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
-    model = checkpointed((0, 1), context_fn=lambda: create_selective_checkpoint_contexts(saved))
-    model, backend, run = fsdp2(model, blocks=True)
-    check(model, backend, data_parallel(run))
-
-
-# The loop around them
-
-
-def clipped_and_averaged() -> None:
-    """FSDP2, a fused AdamW, clip_grad_norm_, and an average of the weights."""
-    model, backend, run = fsdp2()
-    averages = [parameter.detach().clone() for parameter in model.parameters()]  # FSDP2 has no copy of a module
-
-    def before() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        torch._foreach_lerp_(averages, list(model.parameters()), 0.1)
-
-    fused = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    check(model, backend, data_parallel(run), Reference(clip=0.1), optimizer=fused, before_step=before)
-
-
-def foreach() -> None:
-    model, backend, run = fsdp2()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True)
-    check(model, backend, data_parallel(run), optimizer=optimizer)
-
-
-TWO = {
-    "ddp-buckets": ddp_buckets,
-    "ddp-static-graph": lambda: ddp(static_graph=True),
-    "ddp-blocks": ddp_blocks,
-    "ddp-find-unused": ddp_find_unused,
-    "ddp-no-sync": ddp_no_sync,
-    "ddp-compiled-autograd": ddp_compiled_autograd,
-    "fsdp2-whole": fsdp2_whole,
-    "fsdp2-blocks": fsdp2_blocks,
-    "fsdp2-offload": fsdp2_offload,
-    "fsdp2-checkpoint-full": fsdp2_checkpoint_full,
-    "fsdp2-checkpoint-every-second": fsdp2_checkpoint_every_second,
-    "fsdp2-checkpoint-selective": fsdp2_checkpoint_selective,
-    "clipped-and-averaged": clipped_and_averaged,
-    "foreach": foreach,
-}
-FOUR = {"fsdp2-hybrid": fsdp2_hybrid}
+TWO = {**data_parallel.TWO, **mixed_precision.TWO, **tensor_parallel.TWO, **pipelines.TWO}
+FOUR = {**data_parallel.FOUR, **tensor_parallel.FOUR}
 
 
 @pytest.mark.parametrize(("count", "names"), [(2, TWO), (4, FOUR)], ids=["2 ranks", "4 ranks"])
 def test_compositions(count: int, names: Iterable[str]) -> None:
     launch(__file__, count, names)
+
+
+def test_ranks_agree_on_a_refusal() -> None:
+    """Of 136 rows in three, the last rank has 44, which alone would do."""
+    rows = Sharding((136, 64), (Split(0, 3, "tp"),))
+    assert "3 shards of 46 rows" in str(rows.why_tiles_are_split())
+    assert Sharding((44, 64), (Split(0, 6, "tp"),)).why_tiles_are_split() is None  # 8 and 4
+    assert Sharding((32, 64), (Split(0, 2, "dp"), Split(0, 4, "tp"))).why_tiles_are_split() is None
+    assert Sharding((24, 64), (Split(0, 2, "dp"), Split(0, 4, "tp"))).why_tiles_are_split() is not None
+
+
+def test_one_config_for_all_stages() -> None:
+    """The names of all stages are names in the whole, which may have no data."""
+    with torch.device("meta"):
+        whole = Network()
+    stage = pipelines.Stage(network(), (0,), head=False)
+    sp.sparse_backend(CONFIG, model=stage, whole=whole)
+    with pytest.raises(ValueError, match=r"give the model as whole="):
+        sp.sparse_backend(CONFIG, model=stage)
+    with pytest.raises(ValueError, match="names no linear weight of Network"):
+        sp.sparse_backend({"blocks.2.fc1": W24}, model=stage, whole=whole)
+    with pytest.raises(ValueError, match="give the part, too"):
+        sp.sparse_backend(CONFIG, whole=whole)
+    report = sp.prune_(stage, CONFIG, whole=whole)
+    assert [site.fqn for site in report.sites] == pipelines.NAMED[0]
+    assert torch.equal(stage.blocks["0"].fc1.weight != 0, sp.mask24(network().blocks[0].fc1.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_a_dtype_that_no_weight_has(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="expected the floating point dtype that training saw"):
+        sp.prune_(network(), CONFIG, dtype=dtype)
 
 
 if __name__ == "__main__":

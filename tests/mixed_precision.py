@@ -8,20 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-import torch.distributed as dist
-from ranks import CONFIG, Reference, batch, check, gradients_of, launch, loss_of, main, network, own, whole
+from ranks import CONFIG, Reference, batch, check, gradients_of, loss_of, network, own, whole
 from support import TOLERANCE
 from torch import Tensor, nn
-
-import sparse_pass as sp
-
-if not dist.is_available() or not dist.is_gloo_available():
-    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
-
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+import sparse_pass as sp
 
 DIM = 64
 """Of 2048 tiles about one in 250 has another mask once it is rounded to bfloat16."""
@@ -101,17 +95,3 @@ def ddp_scaled() -> None:
 
 
 TWO = {"fsdp2-mixed-precision": fsdp2, "ddp-autocast": ddp_autocast, "ddp-scaled": ddp_scaled}
-
-
-def test_mixed_precision() -> None:
-    launch(__file__, 2, TWO)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
-def test_a_dtype_that_no_weight_has(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match="expected the floating point dtype that training saw"):
-        sp.prune_(network(), CONFIG, dtype=dtype)
-
-
-if __name__ == "__main__":
-    main(TWO)

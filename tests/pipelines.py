@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
-from ranks import CONFIG, W24, Network, Reference, batch, check_report, gradients_of, launch, loss_of, main, network
+from ranks import CONFIG, Network, Reference, batch, check_report, gradients_of, loss_of, network
 from support import TOLERANCE, relative_error
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 import sparse_pass as sp
-
-if not dist.is_available() or not dist.is_gloo_available():
-    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
-
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 MICRO = 4
 
@@ -88,27 +83,3 @@ TWO = {
     "1f1b": lambda: pipeline(Schedule1F1B, HALVES),
     "interleaved": lambda: pipeline(ScheduleInterleaved1F1B, QUARTERS),
 }
-
-
-def test_pipelines() -> None:
-    launch(__file__, 2, TWO)
-
-
-def test_one_config_for_all_stages() -> None:
-    with torch.device("meta"):
-        whole = Network()
-    stage = Stage(network(), (0,), head=False)
-    sp.sparse_backend(CONFIG, model=stage, whole=whole)
-    with pytest.raises(ValueError, match=r"give the model as whole="):
-        sp.sparse_backend(CONFIG, model=stage)
-    with pytest.raises(ValueError, match="names no linear weight of Network"):
-        sp.sparse_backend({"blocks.2.fc1": W24}, model=stage, whole=whole)
-    with pytest.raises(ValueError, match="give the part, too"):
-        sp.sparse_backend(CONFIG, whole=whole)
-    report = sp.prune_(stage, CONFIG, whole=whole)
-    assert [site.fqn for site in report.sites] == NAMED[0]
-    assert torch.equal(stage.blocks["0"].fc1.weight != 0, sp.mask24(network().blocks[0].fc1.weight))
-
-
-if __name__ == "__main__":
-    main(TWO)

@@ -1,28 +1,20 @@
 """Tensor, sequence and context parallelism, alone and below FSDP2, on two and four ranks: losses and gradients.
 
-See `ranks`, and `test_compositions` for what only splits the batch.
+See `ranks`, and `data_parallel` for what only splits the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import CONFIG, DIM, W24, Network, Reference, batch, check, launch, loss_of, main, network, own, whole
+from ranks import CONFIG, DIM, W24, Network, Reference, batch, check, loss_of, network, own, whole
 from support import ste_reference
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-import sparse_pass as sp
-from sparse_pass.backend import SparseBackend
-from sparse_pass.shards import Sharding, Split
-
-if not dist.is_available() or not dist.is_gloo_available():
-    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
-
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -35,6 +27,10 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
+from torch.nn import functional as F
+
+import sparse_pass as sp
+from sparse_pass.backend import SparseBackend
 
 PLAN = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
 
@@ -76,15 +72,6 @@ def line() -> DeviceMesh:
     return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
-def whole_model() -> None:
-    model = tensor_parallel(network(), line())
-    backend, run = compiled(model)
-    check(model, backend, all_of_the_batch(run))
-    told = {site.fqn: (site.shape, site.shard_of) for site in backend.report.sites}
-    assert told["blocks.1.fc1"] == ((32, 16, 16), "[32, 16], rows in 2 over mesh dim 'tp'")
-    assert told["blocks.1.fc2"] == ((32, 16, 16), "[16, 32], columns in 2 over mesh dim 'tp'")
-
-
 def by_block() -> None:
     model = tensor_parallel(network(), line())
     backend, run = compiled(model, blocks=True)
@@ -100,19 +87,13 @@ def with_sequence_parallel(model: Network, mesh: DeviceMesh) -> Network:
     return parallelize_module(model, mesh, {"blocks.0": first})
 
 
-def sequence_whole() -> None:
-    model = with_sequence_parallel(network(), line())
-    backend, run = compiled(model)
-    check(model, backend, all_of_the_batch(run))
-
-
 def sequence_blocks() -> None:
     model = with_sequence_parallel(network(), line())
     backend, run = compiled(model, blocks=True)
     check(model, backend, all_of_the_batch(run))
 
 
-def loss_parallel_() -> None:
+def whole_and_loss_parallel() -> None:
     """Logits that stay split by class."""
     model = tensor_parallel(network(), line())
     parallelize_module(model, line(), {"head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)})
@@ -126,6 +107,9 @@ def loss_parallel_() -> None:
         return whole(loss)
 
     check(model, backend, step)
+    told = {site.fqn: (site.shape, site.shard_of) for site in backend.report.sites}
+    assert told["blocks.1.fc1"] == ((32, 16, 16), "[32, 16], rows in 2 over mesh dim 'tp'")
+    assert told["blocks.1.fc2"] == ((32, 16, 16), "[16, 32], columns in 2 over mesh dim 'tp'")
 
 
 def refused() -> None:
@@ -133,7 +117,7 @@ def refused() -> None:
     x, _ = batch(0, 12)
     told = []
     for name in ("head", "hea*"):
-        model = network(12)
+        model = nn.Sequential(OrderedDict(head=nn.Linear(12, 12)))
         parallelize_module(model, line(), {"head": ColwiseParallel(output_layouts=Replicate())})
         backend = sp.sparse_backend({name: W24}, model=model, inner="aot_eager")
         run = torch.compile(model, backend=backend)
@@ -214,16 +198,9 @@ def part_of_the_batch(mesh: DeviceMesh, run: Callable[[Tensor], Tensor]) -> Call
     return step
 
 
-def fsdp2_whole() -> None:
+def fsdp2_blocks() -> None:
     mesh = grid()
     model = sharded(tensor_parallel(network(), mesh["tp"]), mesh)
-    backend, run = compiled(model)
-    check(model, backend, part_of_the_batch(mesh, run))
-
-
-def fsdp2_sequence_blocks() -> None:
-    mesh = grid()
-    model = sharded(with_sequence_parallel(network(), mesh["tp"]), mesh)
     backend, run = compiled(model, blocks=True)
     check(model, backend, part_of_the_batch(mesh, run))
 
@@ -257,35 +234,14 @@ def masks_of_shards() -> None:
 
 
 TWO = {
-    "whole": whole_model,
-    "blocks": by_block,
-    "sequence-whole": sequence_whole,
-    "sequence-blocks": sequence_blocks,
-    "loss-parallel": loss_parallel_,
+    "tp-blocks": by_block,
+    "tp-sequence-blocks": sequence_blocks,
+    "tp-loss-parallel": whole_and_loss_parallel,
     "context-parallel": context_parallel,
-    "refused": refused,
+    "tp-refused": refused,
 }
 FOUR = {
-    "fsdp2-whole": fsdp2_whole,
-    "fsdp2-sequence-blocks": fsdp2_sequence_blocks,
-    "fsdp2-sequence-whole": fsdp2_sequence_whole,
+    "fsdp2-tp-blocks": fsdp2_blocks,
+    "fsdp2-tp-sequence-whole": fsdp2_sequence_whole,
     "masks-of-shards": masks_of_shards,
 }
-
-
-@pytest.mark.parametrize(("count", "names"), [(2, TWO), (4, FOUR)], ids=["2 ranks", "4 ranks"])
-def test_tensor_parallel(count: int, names: Iterable[str]) -> None:
-    launch(__file__, count, names)
-
-
-def test_ranks_agree_on_a_refusal() -> None:
-    """Of 136 rows in three, the last rank has 44, which alone would do."""
-    rows = Sharding((136, 64), (Split(0, 3, "tp"),))
-    assert "3 shards of 46 rows" in str(rows.why_tiles_are_split())
-    assert Sharding((44, 64), (Split(0, 6, "tp"),)).why_tiles_are_split() is None  # 8 and 4
-    assert Sharding((32, 64), (Split(0, 2, "dp"), Split(0, 4, "tp"))).why_tiles_are_split() is None
-    assert "4 shards of 6 rows" in str(Sharding((24, 64), (Split(0, 2, "dp"), Split(0, 4, "tp"))).why_tiles_are_split())
-
-
-if __name__ == "__main__":
-    main({**TWO, **FOUR})
