@@ -56,7 +56,7 @@ CONTRACT = {
     " **inductor_options)",
     "SparsePass": "(config, *, strict=False, tune='auto', require=None)",
     "inductor_options": "(config, options=None)",
-    "rewrite": "(graph_module, config)",
+    "rewrite": "(graph_module, config, *, parameters=None)",
     "explain": "(model, config)",
     "mask24": "(weight, mask='optimal')",
     "prune_": "(model, config, *, dtype=None, whole=None)",

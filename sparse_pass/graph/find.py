@@ -19,6 +19,7 @@ from .derived import Derived, derive
 from .gemms import Linear, Use, aten, operands, strip_moves, weight_places
 from .inputs import input_of
 from .parameters import multiplying_readers, other_readers
+from .whole_step import step_backward, with_step_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,11 @@ class Found:
 
 
 def find_linears(
-    graph: Graph, parameters: Mapping[Node, tuple[str, ...]], shardings: Mapping[Node, Sharding] | None = None
+    graph: Graph,
+    parameters: Mapping[Node, tuple[str, ...]],
+    shardings: Mapping[Node, Sharding] | None = None,
+    *,
+    whole_step: bool = False,
 ) -> Found:
     """All linears of a joint, inference or exported ATen graph.
 
@@ -56,8 +61,9 @@ def find_linears(
             known to be of another model, or to be no linear weight. Placeholders that are not in it count as
             weights only where a linear module reads them.
         shardings: how ranks share those that are shards.
+        whole_step: whether the graph is that of a whole training step, see `whole_step`.
     """
-    backward = tangent_dependent(graph)
+    backward = step_backward(graph, parameters) if whole_step else tangent_dependent(graph)
     derived = derive(graph, backward)
     forward: list[Linear] = []
     # Forward GEMMs that read a weight and are no linears: their backward is not the linear's.
@@ -74,6 +80,8 @@ def find_linears(
                     for weight in {root, *derived.holds.get(root, ())}:
                         others.setdefault(weight, []).append(use)
     forward = complete(graph, forward, others, backward, derived)
+    if whole_step:
+        forward = with_step_gradients(forward, backward)
     linears = _tell_apart(forward, parameters)
     if shardings:
         linears = tuple(replace(one, sharding=shardings.get(one.weight)) for one in linears)
