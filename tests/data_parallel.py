@@ -12,11 +12,15 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from ranks import CONFIG, DIM, Network, Reference, batch, check, loss_of, network, own
+from ranks import CONFIG, DIM, NAMED, Network, Reference, batch, check, loss_of, network, own
+from support import TOLERANCE, relative_error
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_pass as sp
@@ -180,6 +184,33 @@ def fsdp2_checkpoint_selective() -> None:
     check(model, backend, data_parallel(run))
 
 
+# A whole step in one graph
+
+
+def whole_step_gathers() -> None:
+    """Parameters as shards, gathered in the graph; the backward scatters their gradients."""
+    model, group = network(), dist.group.WORLD
+    names = list(dict(model.named_parameters()))
+
+    def step(shards: list[Tensor], x: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
+        gathered = [all_gather_tensor_autograd(one, 0, group) for one in shards]
+        loss = loss_of(functional_call(model, dict(zip(names, gathered, strict=True)), (x,)), classes)
+        return loss, *torch.autograd.grad(loss, shards)
+
+    shards = [own(one.detach()).clone().requires_grad_() for one in model.parameters()]
+    given = tuple(map(own, batch(0)))
+    graph = make_fx(step, tracing_mode="fake")(shards, *given)
+    report = sp.rewrite(graph, CONFIG, parameters=names)
+    assert sorted(site.fqn for site in report.sites) == NAMED
+    with torch.no_grad():
+        loss, *gradients = graph(shards, *given)
+    dist.all_reduce(loss)
+    wanted, expected = Reference().steps()[0]
+    assert abs(float(loss) / dist.get_world_size() - wanted) < TOLERANCE[torch.float32]
+    for name, gradient in zip(names, gradients, strict=True):
+        assert relative_error(gradient / dist.get_world_size(), own(expected[name])) < TOLERANCE[torch.float32], name
+
+
 TWO = {
     "ddp-buckets": ddp_buckets,
     "ddp-static-graph": lambda: ddp(static_graph=True),
@@ -193,5 +224,6 @@ TWO = {
     "fsdp2-checkpoint-full": fsdp2_checkpoint_full,
     "fsdp2-checkpoint-every-second": fsdp2_checkpoint_every_second,
     "fsdp2-checkpoint-selective": fsdp2_checkpoint_selective,
+    "whole-step-gathers": whole_step_gathers,
 }
 FOUR = {"fsdp2-hybrid": fsdp2_hybrid}

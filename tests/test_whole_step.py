@@ -127,6 +127,18 @@ def test_shared_inputs_and_weights() -> None:
         check(shared(), {"q": sp.WeightSparsity(grad_weight="masked")})
 
 
+class WithOnes(nn.Sequential):
+    """A forward that makes a one itself, which is no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](torch.where(self[0](x) > 0, torch.ones_like(x.sum()), x))
+
+
+def test_a_one_of_the_forward() -> None:
+    torch.manual_seed(0)
+    check(WithOnes(nn.Linear(16, 16).requires_grad_(False), nn.Linear(16, 16)), {"1": MASKED}, **DECOMPOSED)
+
+
 def test_same_numbers_as_the_joint_route() -> None:
     model = network()
     names, step = step_of(model)
