@@ -35,7 +35,8 @@ class SparseBackend:
     """A torch.compile backend; see :func:`sparse_backend`.
 
     Copies of it, as some trainers make, are the backend itself: there is one report. Pickled, it is made anew from its
-    config, and takes the first model that fits the config for the one that names are names in.
+    config, and takes the first model that fits the config for the one that names are names in; that of a part of a
+    model then knows the names that its graphs have.
     """
 
     __name__ = "sparse_pass"
@@ -46,12 +47,15 @@ class SparseBackend:
         model: nn.Module | None,
         inner: Inner,
         options: dict[str, Any],
+        *,
+        is_part: bool = False,
     ) -> None:
         self._pass = sparse_pass
         self._inner = inner
         self._options = options
         self._inductor: torch._TorchCompileInductorWrapper | None = None
-        self._wants_model = model is not None
+        # Of a part no other process can tell whether a module is it.
+        self._wants_model = model is not None and not is_part
         self._phase = Phase(self, sparse_pass, model)
         self._phases = {_key(sparse_pass.config): self._phase}
         self._called = False
@@ -211,6 +215,7 @@ def sparse_backend(
     config: Config,
     *,
     model: nn.Module | None = None,
+    whole: nn.Module | None = None,
     inner: Inner = "inductor",
     strict: bool = False,
     tune: Tune = "auto",
@@ -226,6 +231,8 @@ def sparse_backend(
         model: checks the names at once, makes them absolute where parts of the model are compiled one by one, and lets
             the backend tell which named layers no graph has read in the first step. No reference to its parameters is
             kept by the compiled code.
+        whole: the model that ``model`` is a part of, as a stage of a pipeline is: names are names in it and checked
+            against it, so that one config serves all ranks. Only names and shapes count; it may be on the meta device.
         inner: what compiles the rewritten graphs: ``"inductor"``, or ``"aot_eager"`` (runs op by op).
         strict: raise where a named linear would be skipped, and with ``model`` where one trains dense in the first
             step since no graph has read it.
@@ -253,12 +260,14 @@ def sparse_backend(
     sparse_pass = SparsePass(config, strict=strict, tune=tune, require=require)
     if model is not None:
         model = unwrapped(model)
-        check_names(model, sparse_pass.patterns)
+        check_names(model if whole is None else unwrapped(whole), sparse_pass.patterns)
+    elif whole is not None:
+        raise ValueError("whole= says what model= is a part of: give the part, too, such as the stage of this rank")
     if inner == "aot_eager":
         _refuse_options(None, inductor_options)
     else:
         _check_options(inductor_options)
-    return SparseBackend(sparse_pass, model, inner, inductor_options)
+    return SparseBackend(sparse_pass, model, inner, inductor_options, is_part=whole is not None)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

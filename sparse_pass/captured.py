@@ -10,10 +10,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from .dynamo.functions import held_by_functions
-from .dynamo.names import input_names, read_names
+from .dynamo.names import input_names, parameter_shardings, read_names
 from .dynamo.nested import sharing_parameters
 from .dynamo.regions import Region, guard_region
-from .dynamo.sources import Input, is_optimizer_step, parameter_inputs
+from .dynamo.sources import Input, is_compiled_backward, is_optimizer_step, parameter_inputs
 from .fqn import Pattern
 from .graph.parameters import Names
 
@@ -56,8 +56,9 @@ def captured(graph_module: GraphModule, model: nn.Module | None, patterns: Seque
         sharing=sharing_parameters(graph_module, by_input, patterns),
         of_model=model is None or known.of_model,
         with_gradients=torch.is_grad_enabled(),
-        ours=not is_optimizer_step(graph_module),
+        ours=not (is_optimizer_step(graph_module) or is_compiled_backward(inputs)),
         last_graph=not (reason is not None and reason.graph_break),
+        shardings=parameter_shardings(graph_module, inputs),
         checked=model is not None,
     )
     return Captured(names, inputs, region)

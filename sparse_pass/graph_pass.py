@@ -219,7 +219,9 @@ class SparsePass(CustomGraphPass):
     def uuid(self) -> str:
         """Key for the compile caches: everything a rewrite depends on besides the graph."""
         names = self._names.get(threading.get_ident())
-        seen = [sorted(names.by_input.items()), sorted(names.eager_backward)] if names else []
+        seen: list[object] = []
+        if names is not None:
+            seen = [sorted(names.by_input.items()), sorted(names.eager_backward), sorted(names.shardings.items())]
         key = (list(self.config.items()), self.strict, self.tune, self.require, seen, _environment())
         return hashlib.sha256(repr(key).encode()).hexdigest()
 

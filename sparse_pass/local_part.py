@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .ops.shards import local
 from .vocabulary import TILE
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """The local tensor of a DTensor, as of FSDP2 or of tensor parallelism; any other tensor itself."""
-    # Not by class: torch.distributed is not part of every build of torch.
-    part = tensor.detach()
-    return part.to_local() if hasattr(part, "to_local") else part
+    return local(tensor.detach())
 
 
 def why_not_whole_tiles(part: Tensor) -> str:

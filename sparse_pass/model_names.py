@@ -73,6 +73,7 @@ def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
             known = ", ".join(map(repr, close)) if close else f"none; the model has {count} linear weight(s)"
             raise ValueError(
                 f"{pattern.text!r} names no linear weight of {type(model).__name__}; closest names: {known}"
+                " (if this is a part of a model, as a pipeline stage is, give the model as whole=)"
             )
         weight = weights[named[0]]
         if pattern.exact and pattern.scheme is not None and weight is not None:

@@ -16,7 +16,8 @@ from .config import Config
 from .fqn import Pattern, choose, parse_config
 from .graph.find import find_linears
 from .graph.gemms import GemmName
-from .graph.parameters import Names, has_backward, parameter_nodes
+from .graph.parameters import Names, has_backward, parameter_nodes, sharding_of_nodes
+from .graph.whole_step import step_backward, step_parameters
 from .plan.costs import Costs
 from .plan.decide import make_plan
 from .plan.limits import AskLimits, device_limits
@@ -31,6 +32,7 @@ def rewrite_graph(
     patterns: Sequence[Pattern],
     names: Names | None = None,
     *,
+    step: Sequence[str] | None = None,
     strict: bool = False,
     limits: AskLimits = device_limits,
     costs: Costs | None = None,
@@ -38,6 +40,7 @@ def rewrite_graph(
     """Rewrite the linears that ``patterns`` name, in place.
 
     Args:
+        step: of a graph of a whole training step the names of its leading placeholders.
         limits: what a device can do.
         costs: whether sparse kernels pay for a shape; None takes them wherever they can run, and their defaults.
 
@@ -48,10 +51,13 @@ def rewrite_graph(
     if (names is not None or TracingContext.try_get()) and _is_branch(graph):
         return _branch_report(graph, patterns)
     parameters = parameter_nodes(graph, names.by_input, names.by_attribute) if names else parameter_nodes(graph)
-    found = find_linears(graph, parameters)
+    if step is not None:
+        parameters = step_parameters(graph, step)
+    shardings = sharding_of_nodes(graph, names.shardings) if names else None
+    found = find_linears(graph, parameters, shardings, whole_step=step is not None)
     eager_backward = names.eager_backward if names else ()
     plan = make_plan(found, patterns, limits, costs, strict=strict, eager_backward=eager_backward)
-    training = has_backward(graph)
+    training = has_backward(graph) if step is None else bool(step_backward(graph, parameters))
     if plan.linears:
         apply_plan(graph, plan, _fake_mode(graph))
     notes = []
@@ -82,7 +88,7 @@ def _site(plan: LinearPlan, training: bool) -> Site:
         dtype=linear.output.operand.meta["val"].dtype, shape=(m if isinstance(m, int) else str(m), n, k),
         status="skipped" if plan.skipped else "sparse" if sparse else "masked_dense",
         reason="; ".join(map(str, _distinct(plan.reasons))),
-        fused=fused.name if fused else None, training=training,
+        shard_of=str(linear.sharding or ""), fused=fused.name if fused else None, training=training,
         measured=any(reason.measured for reason in plan.reasons), **kernels,
     )  # fmt: skip
 
@@ -150,21 +156,24 @@ def _log(report: Report) -> None:
     )
 
 
-def rewrite(graph_module: GraphModule, config: Config) -> Report:
+def rewrite(graph_module: GraphModule, config: Config, *, parameters: Sequence[str] | None = None) -> Report:
     """Rewrite an ATen graph in place, outside of torch.compile.
 
     Args:
         graph_module: a joint or inference graph of AOTAutograd, or the graph of a torch.export program
             (``ep.graph_module`` or ``ep.module()``), with fake tensors in ``node.meta["val"]``.
         config: names to schemes, as for :func:`sparse_backend`.
+        parameters: of a graph of a whole training step, as ``make_fx`` traces forward, loss and
+            ``torch.autograd.grad`` together: the names of its leading placeholders, which are the parameters, or shards
+            of them that the graph gathers. The optimizer may be in the graph; ``decay`` then is not.
 
     Returns:
         Report: one site per named linear of this graph.
 
     Raises:
         TypeError: ``graph_module`` is something else, such as a torch.export program itself.
-        ValueError: bad config; an exactly named linear that cannot be 2:4 sparse; no fake tensors.
-            The graph is untouched then.
+        ValueError: bad config; more ``parameters`` than placeholders; an exactly named linear that cannot be 2:4
+            sparse; no fake tensors. The graph is untouched then.
     """
     if not isinstance(graph_module, GraphModule):
         given = type(graph_module).__name__
@@ -172,6 +181,6 @@ def rewrite(graph_module: GraphModule, config: Config) -> Report:
         raise TypeError(f"rewrite takes a torch.fx.GraphModule, got {given}{how}")
     patterns = parse_config(config)
     _fake_mode(graph_module.graph)  # or linears that no tensors tell of would count as absent
-    report = rewrite_graph(graph_module.graph, patterns)
+    report = rewrite_graph(graph_module.graph, patterns, step=parameters)
     graph_module.recompile()
     return report

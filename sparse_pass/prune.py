@@ -10,9 +10,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .config import Config, WeightSparsity, gradient_scheme, input_scheme, weight_scheme
+from .dynamo.fsdp import gathered_dtypes
 from .fqn import Pattern, normalize, parse_config
 from .model_names import check_names, chosen_weights
 from .ops.definitions import mask24
+from .ops.shards import local
 from .plan.legal import why_shape_skipped
 from .report import Report, Site
 
@@ -24,11 +26,19 @@ _REMOVALS = {
 """By the classes of hooks that compute a weight before each call; two of them are deprecated, so by name."""
 
 
-def prune_(model: nn.Module, config: Config) -> Report:
+def prune_(
+    model: nn.Module, config: Config, *, dtype: torch.dtype | None = None, whole: nn.Module | None = None
+) -> Report:
     """Replace the named weights by S(weight), in place; shapes, dtypes and the state_dict's keys stay.
 
     The mask is the one that training used, so the pruned model computes in plain eager or compiled
-    dense PyTorch what it computed under the pass. Of a weight whose input was the 2:4 operand of the output, by
+    dense PyTorch what it computed under the pass: that of the tensor which the compiled code is given as the parameter.
+    It is the stored parameter, under autocast too. Under FSDP2 with ``MixedPrecisionPolicy(param_dtype=...)`` it is the
+    gathered one, which is rounded to that dtype: FSDP2's own modules are asked for it, and of a checkpoint that was
+    loaded elsewhere ``dtype`` must say so.
+
+    Weights that are DTensors are pruned shard by shard, and gathered one by one where a shard ends inside of a 4x4
+    tile, so all ranks must call this. Of a weight whose input was the 2:4 operand of the output, by
     itself or in a pair with the weight, nothing is written: the output was computed with the dense weight, and with
     a 2:4 input that a dense model does not have. Nor is anything written where only gradients were 2:4.
 
@@ -36,26 +46,36 @@ def prune_(model: nn.Module, config: Config) -> Report:
         model: any module; compiled or wrapped ones too.
         config: names to schemes, as for :func:`sparse_backend`; only ``mask`` and ``scale`` of a scheme count, and
             only of a `WeightSparsity` that stands alone. With a ``scale`` call it once: each call multiplies by it.
+        dtype: masks are chosen on the weights rounded to it. By default on what FSDP2's policies say, and else on the
+            weights as they are.
+        whole: the model that ``model`` is a part of, as for :func:`sparse_backend`.
 
     Returns:
         Report: one site per weight, ``sparse`` or ``skipped``; M is ``"-"``, as no GEMM is involved.
 
     Raises:
-        ValueError: a name that names no linear weight, an exactly named weight that cannot be 2:4
-            sparse, a weight without data (meta device) or one that a parametrization computes. Nothing is
-            written then.
+        ValueError: a ``dtype`` that is not of floating point; a name that names no linear weight, an exactly named
+            weight that cannot be 2:4 sparse, a weight without data (meta device) or one that a parametrization
+            computes. Nothing is written then.
     """
-    found = list(pruned_weights(model, config))
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: expected the floating point dtype that training saw, such as torch.bfloat16")
+    found = list(pruned_weights(model, config, whole))
     for one in found:
         if one.sparsity is not None and one.weight.is_meta:
             raise ValueError(f"{one.name!r} is on the meta device: load its data before prune_")
-    kept = [(one.weight, mask24(one.weight.detach(), how.mask), how.factor) for one in found if (how := one.sparsity)]
+    gathered = gathered_dtypes(model)
+    kept = []
+    for one in found:
+        if (how := one.sparsity) is not None:
+            seen = one.weight.detach().to(dtype or gathered.get(id(one.weight), one.weight.dtype))
+            kept.append((one.weight, mask24(seen, how.mask), how.factor))
     with torch.no_grad():
         for weight, mask, scale in kept:
             # Not a product: 0 * inf would leave a NaN where the mask drops an infinity.
-            weight.masked_fill_(~mask, 0)
+            local(weight).masked_fill_(~local(mask), 0)
             if scale != 1:
-                weight.mul_(scale)
+                local(weight).mul_(scale)
     return Report(sites=tuple(map(site_of, found)))
 
 
@@ -72,15 +92,18 @@ class PrunedWeight:
     """Why it does."""
 
 
-def pruned_weights(model: nn.Module, config: Config) -> Iterator[PrunedWeight]:
+def pruned_weights(model: nn.Module, config: Config, whole: nn.Module | None = None) -> Iterator[PrunedWeight]:
     """The named weights of a model, each once.
+
+    Args:
+        whole: the model that ``model`` is a part of, if names are names in that.
 
     Raises:
         ValueError: a name that names no linear weight, an exactly named weight that cannot be 2:4 sparse, or one that
             is computed from other parameters.
     """
     patterns = parse_config(config)
-    check_names(model, patterns)
+    check_names(whole or model, patterns)
     for name, weight, pattern in chosen_weights(model, patterns):
         scheme = pattern.scheme
         assert scheme is not None

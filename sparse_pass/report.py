@@ -30,7 +30,8 @@ class Site:
     scheme: Scheme
     """As the config has it."""
     shape: tuple[Dim, Dim, Dim]
-    """(M, N, K): input [M, K], weight [N, K], output [M, N]. M may be symbolic (a string such as ``"s0*128"``)."""
+    """(M, N, K): input [M, K], weight [N, K], output [M, N], as this rank computes them (see ``shard_of``). M may be
+    symbolic (a string such as ``"s0*128"``)."""
     dtype: torch.dtype
     """dtype of the GEMMs (under autocast not the parameter's)."""
     status: Status
@@ -45,6 +46,9 @@ class Site:
     """Whether it is a measurement that chose dense matmuls of the masked operand over 2:4 kernels."""
     training: bool | None = None
     """Whether the graph has a backward: a graph of inference has none. None if there is no graph, as of `prune_`."""
+    shard_of: str = ""
+    """Where the graph has a shard of the weight, as under tensor parallelism: the shape of the whole weight, and how it
+    is split, such as ``"[128, 64], rows in 2 over mesh dim 'tp'"``."""
     serves: tuple[str, ...] = ()
     """Other layers that have run this very row: parts of a model that are compiled one by one share a graph where they
     are alike and treated alike."""
@@ -112,6 +116,7 @@ _COLUMNS: dict[str, Callable[[Site], str]] = {
     "steps": lambda site: site.steps.removeprefix("steps "),
     "scheme": lambda site: scheme_text(site.scheme),
     "M, N, K": lambda site: ", ".join(map(str, site.shape)),
+    "of weight": lambda site: site.shard_of,
     "status": lambda site: site.status,
     "output": lambda site: f"{site.output or '-'}{f' of {site.fused}' if site.fused else ''}",
     "grad_input": lambda site: site.grad_input or "-",
@@ -127,6 +132,8 @@ def _table(sites: Sequence[Site]) -> list[str]:
         del columns["graph"]
     if not any(site.steps for site in sites):
         del columns["steps"]
+    if not any(site.shard_of for site in sites):
+        del columns["of weight"]
     rows = [tuple(columns), *(tuple(cell(site) for cell in columns.values()) for site in sites)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

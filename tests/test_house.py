@@ -34,23 +34,24 @@ ALLOWED = {
     "inductor": "capture captured config graph_pass one_graph report",
     "captured": "dynamo fqn graph",
     "capture": "graph_pass",
-    "dynamo": "config dynamo fqn model_names",
+    "dynamo": "config dynamo fqn model_names shards",
     "usage": "",
     "graph_pass": "config fqn graph one_graph ops plan report shared_graphs vocabulary",
     "one_graph": "apply config fqn graph plan report",
     "metrics": "config fqn model_names ops prune local_part",
     "verify": "config local_part prune report vocabulary",
-    "local_part": "vocabulary",
-    "prune": "config fqn model_names ops plan report",
+    "local_part": "ops vocabulary",
+    "prune": "config dynamo fqn model_names ops plan report",
     "model_names": "config fqn plan",
     "apply": "apply graph ops plan vocabulary",
     "plan": "config fqn graph kernels plan vocabulary",
-    "graph": "fqn graph",
-    "ops": "kernels ops vocabulary",
+    "graph": "fqn graph shards",
+    "ops": "kernels ops shards vocabulary",
     "report": "config",
     "fqn": "config",
     "config": "",
     "kernels": "kernels vocabulary",
+    "shards": "vocabulary",
     "vocabulary": "",
 }
 
@@ -61,14 +62,14 @@ CONTRACT = {
     "GradientSparsity": "(*, grad_weight='mvue', grad_input='dense', backend='auto')",
     "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, scale=1.0, precision='captured',"
     " backend='auto')",
-    "sparse_backend": "(config, *, model=None, inner='inductor', strict=False, tune='auto', require=None,"
+    "sparse_backend": "(config, *, model=None, whole=None, inner='inductor', strict=False, tune='auto', require=None,"
     " **inductor_options)",
     "SparsePass": "(config, *, strict=False, tune='auto', require=None)",
     "inductor_options": "(config, options=None)",
-    "rewrite": "(graph_module, config)",
+    "rewrite": "(graph_module, config, *, parameters=None)",
     "explain": "(model, config)",
     "mask24": "(weight, mask='optimal')",
-    "prune_": "(model, config)",
+    "prune_": "(model, config, *, dtype=None, whole=None)",
     "verify24": "(model, config)",
 }
 """The public names and their signatures."""

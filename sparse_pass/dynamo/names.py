@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from ..fqn import AllNames, from_source, normalize
 from ..model_names import linear_weights, names_by_identity
+from ..shards import Sharding, sharding_of
 from .sources import Input, is_of_optimizer
 
 
@@ -75,6 +76,14 @@ def read_names(graph_module: GraphModule, names: Mapping[int, tuple[str, ...]]) 
         if any("embedding" not in str(user.target) for user in placeholders[index].users)
         for name in several
     )
+
+
+def parameter_shardings(graph_module: GraphModule, inputs: Sequence[Input]) -> dict[int, Sharding]:
+    """How ranks share the inputs that are DTensors, by position."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    values = {one.index: placeholders[one.index].meta.get("example_value") for one in inputs}
+    found = {index: sharding_of(value) for index, value in values.items() if hasattr(value, "placements")}
+    return {index: sharding for index, sharding in found.items() if sharding is not None}
 
 
 class _Names:

@@ -9,10 +9,11 @@ which is how Dynamo's guards find the object again. So it is evaluated here, and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch._guards import Source
 from torch.fx import GraphModule
@@ -87,6 +88,16 @@ def is_optimizer_step(graph_module: GraphModule) -> bool:
     texts = [source_text(source) for source in sources if source is not None]
     held = any(map(is_of_optimizer, [*texts, *(name for name, _ in graph_module.named_parameters())]))
     return held and not any("_parameters[" in text for text in texts)
+
+
+def is_compiled_backward(inputs: Iterable[Input]) -> bool:
+    """Whether a graph is a backward that compiled autograd captured: what is 2:4 in it was so in its forward's graph.
+
+    Args:
+        inputs: its `parameter_inputs`. No module leads to those of a backward, but to those of a forward that it
+            computes once more.
+    """
+    return torch._dynamo.compiled_autograd.in_compiled_autograd_region and not any(one.way for one in inputs)
 
 
 def running_scope() -> Any:

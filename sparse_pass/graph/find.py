@@ -12,12 +12,14 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from ..fqn import AllNames, from_source
+from ..shards import Sharding
 from .backward import tangent_dependent
 from .calls import complete
 from .derived import Derived, derive
 from .gemms import Linear, Use, aten, operands, strip_moves, weight_places
 from .inputs import input_of
 from .parameters import multiplying_readers, other_readers
+from .whole_step import step_backward, with_step_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,13 @@ class Found:
     """Whether there are matmuls, and none carries the name of a module."""
 
 
-def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Found:
+def find_linears(
+    graph: Graph,
+    parameters: Mapping[Node, tuple[str, ...]],
+    shardings: Mapping[Node, Sharding] | None = None,
+    *,
+    whole_step: bool = False,
+) -> Found:
     """All linears of a joint, inference or exported ATen graph.
 
     Args:
@@ -52,8 +60,10 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
         parameters: names of the placeholders (or get_attr nodes) known to be parameters; none for parameters
             known to be of another model, or to be no linear weight. Placeholders that are not in it count as
             weights only where a linear module reads them.
+        shardings: how ranks share those that are shards.
+        whole_step: whether the graph is that of a whole training step, see `whole_step`.
     """
-    backward = tangent_dependent(graph)
+    backward = step_backward(graph, parameters) if whole_step else tangent_dependent(graph)
     derived = derive(graph, backward)
     forward: list[Linear] = []
     # Forward GEMMs that read a weight and are no linears: their backward is not the linear's.
@@ -70,7 +80,11 @@ def find_linears(graph: Graph, parameters: Mapping[Node, tuple[str, ...]]) -> Fo
                     for weight in {root, *derived.holds.get(root, ())}:
                         others.setdefault(weight, []).append(use)
     forward = complete(graph, forward, others, backward, derived)
+    if whole_step:
+        forward = with_step_gradients(forward, backward)
     linears = _tell_apart(forward, parameters)
+    if shardings:
+        linears = tuple(replace(one, sharding=shardings.get(one.weight)) for one in linears)
     return Found(linears, tuple(_other_weights(parameters, linears, backward)), stacks == {False})
 
 

@@ -13,6 +13,8 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..shards import Sharding
+
 aten = torch.ops.aten
 
 Layout: TypeAlias = Literal["kn", "nk"]
@@ -143,6 +145,8 @@ class Linear:
     whole_gradient: bool = False
     """Whether a masked gradient is masked where the graph returns it: the products in it were not found one by one, but
     it is a sum of those of calls of this weight, and of nothing else."""
+    sharding: Sharding | None = None
+    """How ranks share the weight, where the graph has a shard of it."""
     half: str = ""
     """Why the scheme could not be kept in the whole call; then nothing of it is done."""
 

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..fqn import normalize
+from ..shards import Sharding
 from .backward import unwrapped
 from .gemms import is_move, may_multiply
 
@@ -33,9 +34,12 @@ class Names:
     with_gradients: bool = True
     """Whether gradients were enabled when the graph was captured."""
     ours: bool = True
-    """False for the step of an optimizer, whose parameters are not multiplied by anything."""
+    """False for the step of an optimizer, whose parameters are not multiplied by anything, and for a backward that
+    compiled autograd captured, whose GEMMs were rewritten with their forward."""
     last_graph: bool = True
     """False where a graph break follows: what is not named here may be named in the next graph."""
+    shardings: Mapping[int, Sharding] = field(default_factory=dict)
+    """How ranks share parameters that are DTensors, by position of the graph input."""
     checked: bool = False
     """Whether the config was checked against the model: then an absent layer is no surprise."""
 
@@ -59,6 +63,20 @@ def parameter_nodes(
             names = _input_names(node.meta.get("desc"), names_by_input or {}, names_by_attribute or {})
             if names is not None:
                 found[node] = names
+    return found
+
+
+def sharding_of_nodes(graph: Graph, by_input: Mapping[int, Sharding]) -> dict[Node, Sharding]:
+    """Of the nodes that hold a shard of a parameter: how ranks share it.
+
+    Args:
+        by_input: by position of the graph input before AOTAutograd.
+    """
+    found = {}
+    for node in graph.nodes:
+        descriptor, way = unwrapped(node.meta.get("desc"))
+        if way and type(descriptor).__name__ == "PlainAOTInput" and descriptor.idx in by_input:
+            found[node] = by_input[descriptor.idx]
     return found
 
 

@@ -32,6 +32,7 @@ from . import checks, cuda
 from .define import Kernels, define
 from .reference import float8, gradients, inputs, weights
 from .reference.products import product
+from .shards import is_sharded, mask_of_shards
 
 
 def mask24(weight: Tensor, mask: str = "optimal") -> Tensor:
@@ -40,7 +41,14 @@ def mask24(weight: Tensor, mask: str = "optimal") -> Tensor:
     weight: [N, K] floating point, N and K multiples of 4, any device and strides. mask: "optimal", the largest sum of
     magnitudes of all such masks of a 4x4 tile, or "greedy", torch core's `largest_abs_values_greedy`;
     `sparse_pass.ops.reference.weights.mask24` defines both, ties included. ValueError for anything else.
+
+    The mask of a DTensor is a DTensor of the same placements: the part of the mask of the whole weight. Where shards
+    end inside of a tile the weight is gathered for it, so all ranks must call this. The mask is that of the numbers as
+    they are given: where training sees a rounded weight, as with FSDP2's ``MixedPrecisionPolicy``, round it first.
     """
+    if is_sharded(weight):
+        checks.mask24(weight, mask)  # all ranks raise, before any of them waits for another
+        return mask_of_shards(weight.detach(), lambda whole: mask24(whole, mask))
     return torch.ops.sparse_pass.mask24(weight.detach(), mask)  # type: ignore[no-any-return]
 
 

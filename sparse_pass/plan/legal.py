@@ -6,7 +6,6 @@ Legal is one question (`why_skipped`), having a kernel for it another (`why_not_
 from __future__ import annotations
 
 import torch
-from torch.fx import Node
 
 from ..config import (
     ActivationSparsity,
@@ -50,7 +49,8 @@ def why_skipped(linear: Linear, scheme: Scheme) -> str | None:
         return f"the weight is {weight.dtype}: expected float16, bfloat16, float32 or float64"
     reason = None
     if weight_scheme(scheme) is not None:
-        reason = why_shape_skipped(weight.shape) or why_no_float8(linear, scheme)
+        split = linear.sharding.why_tiles_are_split() if linear.sharding is not None else None
+        reason = split or why_shape_skipped(weight.shape) or why_no_float8(linear, scheme)
     if input_scheme(scheme) is not None:
         reason = reason or _why_input_skipped(linear)
     return reason
@@ -89,15 +89,15 @@ def why_shape_skipped(shape: torch.Size) -> str | None:
     return None
 
 
-def why_not_sparse(use: Use, weight: Node, scheme: WeightSparsity, limits: Limits) -> str | None:
+def why_not_sparse(use: Use, linear: Linear, scheme: WeightSparsity, limits: Limits) -> str | None:
     """Why one GEMM gets no sparse kernel. It is computed with the masked weight all the same."""
-    if not use.reads(weight):
+    if not use.reads(linear.weight):
         return "the GEMM reads what the graph computes from the weight"
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
     if scheme.precision == "float8" and (limits.device == "cuda" or scheme.backend != "cusparselt"):
         return "float8 has no 2:4 kernels yet: the same numbers are multiplied in the captured precision"
-    return _why_no_device(scheme, limits) or _why_no_call(use) or _why_no_kernel(use, weight)
+    return _why_no_device(scheme, limits) or _why_no_call(use) or _why_no_kernel(use, linear)
 
 
 def why_dense_gradient(linear: Linear) -> Reason | None:
@@ -193,10 +193,11 @@ def _why_no_scaled_call(use: Use) -> str | None:
     return None
 
 
-def _why_no_kernel(use: Use, weight: Node) -> str | None:
+def _why_no_kernel(use: Use, linear: Linear) -> str | None:
     if reason := _why_no_dtype(use.operand.meta["val"].dtype):
         return reason
-    shape = list(weight.meta["val"].shape)
+    shape = list(linear.weight.meta["val"].shape)
     if any(dim % KERNEL_TILE for dim in shape):
-        return f"the weight is {shape}: sparse kernels need multiples of {KERNEL_TILE}"
+        what = f"the shard of the weight ({linear.sharding})" if linear.sharding is not None else "the weight"
+        return f"{what} is {shape}: sparse kernels need multiples of {KERNEL_TILE}"
     return None

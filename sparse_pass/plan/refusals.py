@@ -49,7 +49,10 @@ def _why_refused(linear: Linear, scheme: Scheme, strict: bool) -> Reason | None:
         if linear.unplaced_grad_weight and not linear.whole_gradient:
             return Reason("grad_weight", linear.unplaced_grad_weight)
         if linear.has_gradient and linear.grad_output is None:
-            return Reason("grad_weight", "that of a weight which the graph computes; left as captured")
+            if linear.weight.op == "call_function":
+                return Reason("grad_weight", "that of a weight which the graph computes; left as captured")
+            if weight.decay:  # of a whole training step, whose optimizer is in the graph
+                return Reason("grad_weight", "the graph does not return it: add the decay in the optimizer")
         if linear.computes and linear.has_gradient and not linear.whole_gradient:
             return Reason("grad_weight", "the gradient of the weight has other parts; left as captured")
     if input is not None and input.grad_input == "masked" and (reason := why_no_masked_gradient(linear)):

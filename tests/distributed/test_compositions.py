@@ -1,0 +1,69 @@
+"""How people distribute training, on two and four ranks on CPUs: each composition against one process.
+
+The compositions are in `data_parallel`, `tensor_parallel`, `pipelines` and `mixed_precision`; this file is also the
+program of their ranks, see `ranks`. Starting ranks takes as long as several compositions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+import data_parallel
+import mixed_precision
+import pipelines
+import tensor_parallel
+from ranks import CONFIG, W24, Network, launch, main, network
+
+import sparse_pass as sp
+from sparse_pass.shards import Sharding, Split
+
+TWO = {**data_parallel.TWO, **mixed_precision.TWO, **tensor_parallel.TWO, **pipelines.TWO}
+FOUR = {**data_parallel.FOUR, **tensor_parallel.FOUR}
+
+
+@pytest.mark.parametrize(("count", "names"), [(2, TWO), (4, FOUR)], ids=["2 ranks", "4 ranks"])
+def test_compositions(count: int, names: Iterable[str]) -> None:
+    launch(__file__, count, names)
+
+
+def test_ranks_agree_on_a_refusal() -> None:
+    """Of 136 rows in three, the last rank has 44, which alone would do."""
+    rows = Sharding((136, 64), (Split(0, 3, "tp"),))
+    assert "3 shards of 46 rows" in str(rows.why_tiles_are_split())
+    assert Sharding((44, 64), (Split(0, 6, "tp"),)).why_tiles_are_split() is None  # 8 and 4
+    assert Sharding((32, 64), (Split(0, 2, "dp"), Split(0, 4, "tp"))).why_tiles_are_split() is None
+    assert Sharding((24, 64), (Split(0, 2, "dp"), Split(0, 4, "tp"))).why_tiles_are_split() is not None
+
+
+def test_one_config_for_all_stages() -> None:
+    """The names of all stages are names in the whole, which may have no data."""
+    with torch.device("meta"):
+        whole = Network()
+    stage = pipelines.Stage(network(), (0,), head=False)
+    sp.sparse_backend(CONFIG, model=stage, whole=whole)
+    with pytest.raises(ValueError, match=r"give the model as whole="):
+        sp.sparse_backend(CONFIG, model=stage)
+    with pytest.raises(ValueError, match="names no linear weight of Network"):
+        sp.sparse_backend({"blocks.2.fc1": W24}, model=stage, whole=whole)
+    with pytest.raises(ValueError, match="give the part, too"):
+        sp.sparse_backend(CONFIG, whole=whole)
+    report = sp.prune_(stage, CONFIG, whole=whole)
+    assert [site.fqn for site in report.sites] == pipelines.NAMED[0]
+    assert torch.equal(stage.blocks["0"].fc1.weight != 0, sp.mask24(network().blocks[0].fc1.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_a_dtype_that_no_weight_has(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="expected the floating point dtype that training saw"):
+        sp.prune_(network(), CONFIG, dtype=dtype)
+
+
+if __name__ == "__main__":
+    main({**TWO, **FOUR})
