@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import OwnLinear
 from support import (
     TOLERANCE,
     Config,
-    OwnLinear,
     check_invariants,
     compare,
     errors,
