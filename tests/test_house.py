@@ -277,30 +277,41 @@ def test_typed() -> None:
 # What an import may do
 
 
-def imported(before: str, after: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys\n{before}\nimport sparse_pass\n{after}\nprint('done')"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_import_without_triton() -> None:
-    """On a CPU-only torch there is none."""
-    done = imported(
-        "sys.modules['triton'] = None", "assert not [name for name in sys.modules if 'sparse_pass.kernels.' in name]"
-    )
-    assert done.stdout == "done\n", done.stderr
-
-
-def test_import_leaves_cuda_alone() -> None:
-    """A context on every GPU would cost memory in every process; asking for devices breaks a later fork."""
-    done = imported(
+def test_import_needs_neither_triton_nor_a_gpu() -> None:
+    """A CPU-only torch has no triton; a context on every GPU would cost memory, and a later fork would break."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "def refuse(*args): raise AssertionError('CUDA was asked for at import')\n"
+        "def refuse(*args): raise AssertionError('CUDA was asked for')\n"
         "torch.cuda._lazy_init = torch.cuda.current_device = refuse\n"
         "torch.cuda.get_device_capability = torch.cuda.get_device_properties = refuse\n"
+        "import sparse_pass\n"
+        "assert sparse_pass.mask24(torch.ones(4, 4)).sum() == 8\n"
+        "assert torch.ops.sparse_pass.mask24(torch.ones(4, 4), 'greedy').sum() == 8\n"
+        "assert not [name for name in sys.modules if name.startswith('sparse_pass.kernels.')]\n"
+        "print('done')\n"
     )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "done\n", done.stderr
+
+
+# The tests
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_no_test_imports_a_test() -> None:
+    """What several files need is in a folder of helpers, which pytest's `pythonpath` names."""
+    for file in TESTS:
+        for node, _ in imports_of(file):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+            assert not any(name.startswith("test_") for name in names), file
+
+
+def test_each_test_has_its_place() -> None:
+    """One of the folders that CONTRIBUTING names; and a name of its own, by which pages name it without the folder."""
+    folders = {"tests", "helpers", "fakes", "unit", "graphs", "exact", "torch_compile", "gpu"}
+    assert {file.parent.name for file in TESTS} == folders
+    names = [file.name for file in TESTS if file.name != "conftest.py"]
+    assert len(set(names)) == len(names)

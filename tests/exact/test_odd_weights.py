@@ -19,6 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import sparse_pass as sp
 from sparse_pass.fqn import parse_config
+from sparse_pass.kernels import probe
 from sparse_pass.one_graph import rewrite_graph
 from sparse_pass.plan.limits import Limits, device_limits
 
@@ -522,7 +523,7 @@ def test_kernels_are_tried_where_they_can_work(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("sparse_pass.kernels.probe.availability", lambda device, dtype: "asked")
+    monkeypatch.setattr(probe, "availability", lambda device, dtype: "asked")
     expected = Limits(device="cuda", capability=capability, unavailable=unavailable)
     assert device_limits(torch.device("cuda", 0), dtype) == expected
 

@@ -14,6 +14,7 @@ from torch.fx import Graph
 from torch.utils._pytree import tree_map
 
 import sparse_pass as sp
+from sparse_pass import graph_pass
 from sparse_pass.fqn import parse_config
 from sparse_pass.kernels import backends, measure, probe
 from sparse_pass.kernels.problem import Problem
@@ -282,7 +283,7 @@ def test_compile_caches_know_what_the_device_can_do(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr("sparse_pass.graph_pass.device_limits", limits)
+    monkeypatch.setattr(graph_pass, "device_limits", limits)
     keys, reasons = [], ["", "libcusparseLt.so.0 was not found", ""]
     while reasons:
         keys.append(sp.SparsePass({"1": sp.WeightSparsity()}).uuid())

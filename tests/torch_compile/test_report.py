@@ -227,9 +227,8 @@ def test_explain_exact_name_of_a_bad_shape() -> None:
 
 def test_explain_again_and_again() -> None:
     """Dynamo's recompile limit is counted by code object, and falls back to eager in silence."""
-    assert torch._dynamo.config.recompile_limit < 20
-    model = Mlp()
-    for _ in range(20):
+    limit, model = torch._dynamo.config.recompile_limit, Mlp()
+    for _ in range(limit + 2):
         assert [site.fqn for site in sp.explain(model, {"up": W24})(batch()).sites] == ["up"]
 
 

@@ -131,7 +131,7 @@ def test_inclusion_probabilities(name: str) -> None:
     assert (values[~kept] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unbiased_with_the_variance_of_the_closed_form(dtype: torch.dtype) -> None:
     """Over 2000 seeds; 16-bit values are rounded once more, which moves the mean by up to half a unit."""
     torch.manual_seed(1)
