@@ -407,6 +407,7 @@ def _weights(*grad_weight: str) -> st.SearchStrategy[sp.WeightSparsity]:
         mask=st.sampled_from(["optimal", "greedy"]),
         grad_weight=st.sampled_from(grad_weight),
         decay=_mostly(0.0, 0.25, 2.0),
+        scale=_mostly(1.0, "norm", 0.5),
         backend=_backends,
     )
 

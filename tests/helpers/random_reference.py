@@ -174,7 +174,7 @@ class Product(torch.autograd.Function):
         kept_x = None if on_input is None else mask_by_hand(match.input(x), on_input.mask)
         ctx.save_for_backward(x, w, kept, kept_x)
         ctx.scheme, ctx.match, ctx.name = scheme, match, name
-        left, right = (x, _masked(w, kept).T) if kept_x is None else (_masked(x, kept_x), w.T)
+        left, right = (x, _sparse(w, kept, scheme).T) if kept_x is None else (_masked(x, kept_x), w.T)
         # Rounded once, as by the graph, see `_adds_at_once`.
         return left @ right if b is None else torch.addmm(b, left, right)
 
@@ -187,7 +187,7 @@ class Product(torch.autograd.Function):
             estimate = grad
             if isinstance(on_grad, sp.GradientSparsity) and on_grad.grad_input == "mvue":
                 estimate = ctx.match.grad(grad.T, ctx.name, "grad_input").T
-            grad_input = estimate @ _masked(w, kept)
+            grad_input = estimate @ _sparse(w, kept, ctx.scheme)
         if grad_input is not None and on_input is not None and on_input.grad_input == "masked":
             grad_input = _masked(grad_input, kept_x)
         if ctx.needs_input_grad[1]:
@@ -199,6 +199,11 @@ class Product(torch.autograd.Function):
                 grad_weight = _masked(grad_weight, kept)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_input, grad_weight, grad_bias, None, None, None, None
+
+
+def _sparse(weight: Tensor, kept: Tensor | None, scheme: Scheme) -> Tensor:
+    on_weight = weight_scheme(scheme)
+    return weight if on_weight is None else _masked(weight, kept) * on_weight.factor
 
 
 def _masked(values: Tensor, kept: Tensor | None) -> Tensor:

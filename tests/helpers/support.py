@@ -54,16 +54,30 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 # The reference
 
 
+class _Replaced(torch.autograd.Function):
+    """Another value, whose gradient goes to the weight, all of it or where there is a mask."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.mask = mask
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad if ctx.mask is None else torch.where(ctx.mask, grad, 0), None, None
+
+
 class StraightThrough(nn.Module):
-    """``w + (S(w) - w).detach()``, or S(w) itself where its gradient is to be masked too."""
+    """S(w), with the gradient of w; where the scheme says so masked as w is."""
 
     def __init__(self, scheme: sp.WeightSparsity) -> None:
         super().__init__()
         self.scheme = scheme
 
     def forward(self, weight: Tensor) -> Tensor:
-        kept = torch.where(sp.mask24(weight, self.scheme.mask), weight, torch.zeros_like(weight))
-        return kept if self.scheme.grad_weight == "masked" else weight + (kept - weight).detach()
+        mask = sp.mask24(weight, self.scheme.mask)
+        kept = torch.where(mask, weight.detach(), 0) * self.scheme.factor
+        return _Replaced.apply(weight, kept, mask if self.scheme.grad_weight == "masked" else None)  # type: ignore[no-any-return]
 
 
 def named_parameters(model: nn.Module, config: Config) -> dict[str, sp.WeightSparsity]:
