@@ -85,11 +85,6 @@ def distributed(model: Model, mesh: DeviceMesh, args: argparse.Namespace) -> sp.
     return backend
 
 
-def text() -> Tensor:
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
-
-
 def batch(data: Tensor, step: int, mesh: DeviceMesh, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """This rank's part of the batch of a step, however many ranks there are."""
     generator = torch.Generator().manual_seed(step)
@@ -153,7 +148,8 @@ def main() -> None:
     weights = sum(one.numel() for block in model.blocks for one in block.parameters() if one.dim() == 2)
     groups = by_mesh(model)
     optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=args.lr, fused=args.device == "cuda")
-    checkpoints, data = Checkpoints(args.out, model, optimizer), text()
+    text = b"".join(file.read_bytes() for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    checkpoints, data = Checkpoints(args.out, model, optimizer), torch.frombuffer(bytearray(text), dtype=torch.uint8)
     first = checkpoints.load()
     if rank == 0 and first:
         print(f"resumed after step {first}", flush=True)
@@ -189,9 +185,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", type=arguments.device, default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--tp", type=arguments.positive, default=1, help="ranks that share each linear")
     parser.add_argument("--checkpoint-activations", action="store_true", help="compute blocks again in the backward")
-    for name, default in (("layers", 4), ("dim", 128), ("heads", 4), ("context", 64), ("batch", 8), ("steps", 30)):
+    sizes = {"layers": 4, "dim": 128, "heads": 4, "context": 64, "batch": 8, "steps": 30, "save-every": 10}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=arguments.positive, default=default)
-    parser.add_argument("--save-every", type=arguments.positive, default=10, help="steps between checkpoints")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="dense, of one device, to print the MFU")
     parser.add_argument("--inner", choices=["inductor", "aot_eager"], default="inductor")

@@ -1,7 +1,7 @@
 """How people distribute training, on two and four ranks on CPUs: each composition against one process.
 
-The compositions are in `data_parallel`, `tensor_parallel`, `pipelines` and `mixed_precision`; this file is also the
-program of their ranks, see `ranks`. Starting ranks takes as long as several compositions.
+The compositions are in `data_parallel`, `tensor_parallel`, `pipelines`, `mixed_precision` and `checkpoints`; this file
+is also the program of their ranks, see `ranks`. Starting ranks takes as long as several compositions.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.distributed as dist
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
+import checkpoints
 import data_parallel
 import mixed_precision
 import pipelines
@@ -24,7 +25,7 @@ from ranks import CONFIG, W24, Network, launch, main, network
 import sparse_pass as sp
 from sparse_pass.shards import Sharding, Split
 
-TWO = {**data_parallel.TWO, **mixed_precision.TWO, **tensor_parallel.TWO, **pipelines.TWO}
+TWO = {**data_parallel.TWO, **mixed_precision.TWO, **tensor_parallel.TWO, **pipelines.TWO, **checkpoints.TWO}
 FOUR = {**data_parallel.FOUR, **tensor_parallel.FOUR}
 
 
