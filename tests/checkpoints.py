@@ -1,4 +1,4 @@
-"""Distributed checkpoints of sparse training: dense, under the names of the model, for any other layout. See `ranks`."""
+"""Distributed checkpoints of sparse training: dense, named as the model, for any other layout. See `ranks`."""
 
 from __future__ import annotations
 
