@@ -116,6 +116,7 @@ def rows_table(seconds: float) -> pd.DataFrame:
         # Bytes that must be moved, an element.
         kernels: dict[str, tuple[float, Callable[[], object]]] = {
             "MVUE(dY)^T": (3.125, lambda: mvue.sparsify_mvue(x, seed)),  # noqa: B023
+            "MVUE(dY^T)^T": (3.125, lambda: mvue.sparsify_mvue(x.T, seed)),  # noqa: B023
             "MVUE(dY)^T and sums": (3.125, lambda: mvue.sparsify_mvue_sum(x, seed)),  # noqa: B023
             "MVUE(dY), dense": (4, lambda: mvue.mvue24(x, seed)),  # noqa: B023
         }
@@ -171,6 +172,7 @@ def problems(m: int, k: int, n: int, dtype: torch.dtype) -> dict[str, Problem]:
         "output, S(W)": Problem(0, dtype, m, n, k, True, "linear"),
         "grad_input, S(W)": Problem(0, dtype, m, k, n, False, "linear"),
         "grad_weight, MVUE(dY)": Problem(0, dtype, k, n, -(-m // 64) * 64, False, "grad_weight"),
+        "grad_input, MVUE(dY)": Problem(0, dtype, k, -(-m // 64) * 64, n, False, "grad_input"),
         "output, S(X)": Problem(0, dtype, n, -(-m // 64) * 64, k, False, "input"),
         "grad_weight, S(X)": Problem(0, dtype, n, k, -(-m // 64) * 64, False, "input_grad_weight"),
     }

@@ -51,6 +51,8 @@ SCHEMES = {
     "act24-rowwise": (None, sp.ActivationSparsity(mask="rowwise")),
     "w24+act24": (W24, (ACT24, W24)),
     "w24-mvue+act24": (MVUE, (ACT24, W24)),
+    # The weights stay dense: only matmuls of the backward are 2:4.
+    "grad24": (sp.GradientSparsity(),) * 2,
 }
 LAYERS = ("blocks.*.mlp.fc1", "blocks.*.mlp.fc2")
 

@@ -7,18 +7,24 @@ model = torch.compile(model, backend=sp.sparse_backend(config, model=model))
 """
 
 from .backend import sparse_backend
-from .config import ActivationSparsity, WeightSparsity
+from .config import ActivationSparsity, GradientSparsity, WeightSparsity
 from .explain import explain
 from .graph_pass import SparsePass
 from .inductor import inductor_options
+from .metrics import Metrics
 from .one_graph import rewrite
 from .ops.definitions import mask24
 from .prune import prune_
 from .report import Report, Site
+from .schedule import Schedule
+from .verify import verify24
 
 __all__ = [
     "ActivationSparsity",
+    "GradientSparsity",
+    "Metrics",
     "Report",
+    "Schedule",
     "Site",
     "SparsePass",
     "WeightSparsity",
@@ -28,6 +34,7 @@ __all__ = [
     "prune_",
     "rewrite",
     "sparse_backend",
+    "verify24",
 ]
 
 __version__ = "0.1.0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -17,12 +17,18 @@ from .dynamo.recompiles import why_last
 from .graph_pass import SparsePass
 from .inductor import Retrace, with_pass
 from .model_names import check_names, is_model_of, unwrapped
+from .phases import Phase, report_of
 from .report import Report
-from .shared_graphs import SharedGraphs
 from .usage import by_position
-from .watch import Watch
 
 Inner: TypeAlias = Literal["inductor", "aot_eager"]
+
+
+class Switches(Protocol):
+    """A schedule, which calls `SparseBackend.switch`."""
+
+    def recipe(self) -> Callable[[SparseBackend], object]:
+        """What makes this schedule again, for another backend; can be pickled."""
 
 
 class SparseBackend:
@@ -48,12 +54,12 @@ class SparseBackend:
         self._inner = inner
         self._options = options
         self._inductor: torch._TorchCompileInductorWrapper | None = None
-        self._shared = SharedGraphs()
         # Of a part no other process can tell whether a module is it.
         self._wants_model = model is not None and not is_part
-        self._watch = Watch(self, sparse_pass, self._shared)
-        if model is not None:
-            self._watch.take(model)
+        self._phase = Phase(self, sparse_pass, model)
+        self._phases = {_key(sparse_pass.config): self._phase}
+        self._called = False
+        self.schedule: Switches | None = None
 
     def __call__(
         self,
@@ -65,26 +71,66 @@ class SparseBackend:
         **_: Any,  # newer torch hands on more, such as the name given to torch.compile
     ) -> Callable[..., Any]:
         given = {**self._options, **(options or {})}
-        graph = self._look(graph_module)
+        phase, self._called = self._phase, True
+        graph = self._look(graph_module, phase)
         if graph.names.ours:
-            self._watch.on_attempt()
+            if self.schedule is not None:
+                phase.guard.add()
+            phase.watch.on_attempt()
             if last := why_last():
-                self._pass.note(last, graph.names)  # an error under strict: no later call can be watched
+                phase.sparse_pass.note(last, graph.names)  # an error under strict: no later call can be watched
         compiled = self._compile(graph_module, inputs, graph, mode, given)
-        model = self._watch.model()
+        model = phase.watch.model()
         if model is not None and graph.region.shared:
-            compiled = self._shared.observe(compiled, graph, model, self._watch.settle)
-        self._watch.settle()
+            compiled = phase.shared.observe(compiled, graph, model, phase.watch.settle)
+        phase.watch.settle()
         return compiled
 
-    def _look(self, graph_module: GraphModule) -> Captured:
-        model = self._watch.model()
-        graph = captured(graph_module, model, self._pass.patterns)
+    def follow(self, schedule: Switches) -> None:
+        """Be switched by a schedule from now on.
+
+        Raises:
+            ValueError: it has a schedule already, or has compiled something, which runs at all steps.
+        """
+        if self.schedule is not None:
+            raise ValueError("this backend has a schedule: give the patterns that differ to one Schedule(patterns=...)")
+        if self._called:
+            raise ValueError("this backend has compiled graphs already: make its Schedule before the first call")
+        self.schedule = schedule
+
+    def switch(self, config: Config, steps: str) -> None:
+        """Compute by another config from the next call on, and keep the graphs made so far for the way back.
+
+        Args:
+            config: keys as the backend's own.
+            steps: of the schedule, in words.
+        """
+        key, before = _key(config), self._phase
+        phase = self._phases.get(key)
+        if phase is before and before.steps:
+            return
+        before.leave()
+        if not before.steps:  # never used: its schedule has just been made
+            del self._phases[_key(before.sparse_pass.config)]
+            phase = None
+        if phase is None:
+            one = self._pass
+            sparse_pass = SparsePass(config, strict=one.strict, tune=one.tune, require=one.require)
+            phase = self._phases[key] = Phase(self, sparse_pass, before.watch.model(), steps)
+            if self._called:
+                phase.watch.on_attempt()  # what it watches is what is called already
+        else:
+            phase.enter()
+        self._phase = phase
+
+    def _look(self, graph_module: GraphModule, phase: Phase) -> Captured:
+        model, patterns = phase.watch.model(), phase.sparse_pass.patterns
+        graph = captured(graph_module, model, patterns)
         if self._wants_model and model is None:
-            fitting = next((root for root in graph.roots if is_model_of(root, self._pass.patterns)), None)
+            fitting = next((root for root in graph.roots if is_model_of(root, patterns)), None)
             if fitting is not None:
-                self._watch.take(fitting)
-                graph = captured(graph_module, fitting, self._pass.patterns)
+                phase.watch.take(fitting)
+                graph = captured(graph_module, fitting, patterns)
         return graph
 
     def _compile(
@@ -95,14 +141,15 @@ class SparseBackend:
         mode: str | None,
         options: dict[str, Any],
     ) -> Callable[..., Any]:
+        sparse_pass = self._phase.sparse_pass
         if self._inner == "aot_eager":
             _refuse_options(mode, options)
-            with self._pass.seeing(graph.names):
-                return compile_aot_eager(graph_module, inputs, self._pass)
+            with sparse_pass.seeing(graph.names):
+                return compile_aot_eager(graph_module, inputs, sparse_pass)
         retrace = Retrace(graph_module) if graph.names.ours else None
-        with self._pass.seeing(graph.names, retrace):
+        with sparse_pass.seeing(graph.names, retrace):
             # What torch.compile(mode=..., options=...) would make of them, its errors included.
-            options = with_pass(self._pass, options, see_graph=False)
+            options = with_pass(sparse_pass, options, see_graph=False)
             self._inductor = torch._TorchCompileInductorWrapper(mode, options, None)
             return self._inductor(graph_module, inputs)  # type: ignore[no-any-return]
 
@@ -117,21 +164,33 @@ class SparseBackend:
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseBackend:
         return self
 
-    def __reduce__(self) -> tuple[Callable[..., SparseBackend], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         one = self._pass
         settings = {"strict": one.strict, "tune": one.tune, "require": one.require}
-        return _rebuilt, (one.config, settings, self._inner, self._options, self._wants_model)
+        recipe = None if self.schedule is None else self.schedule.recipe()
+        return _rebuilt, (one.config, settings, self._inner, self._options, self._wants_model), recipe
+
+    def __setstate__(self, recipe: Callable[[SparseBackend], object]) -> None:
+        recipe(self)
+
+    @property
+    def config(self) -> Config:
+        """As it was given, whatever a schedule makes of it at the moment."""
+        return self._pass.config
 
     @property
     def report(self) -> Report:
         """Every graph compiled so far, whether compiled now or taken from a cache."""
-        reports = [self._shared.told(names, report) for names, report in self._pass.reports()]
-        return self._watch.completed(self._pass.merged(reports))
+        return report_of(list(self._phases.values()), self._phase, self._pass.config)
 
 
 def _refuse_options(mode: str | None, options: Mapping[str, Any]) -> None:
     if mode or options:
         raise ValueError(f"inner='aot_eager' takes no mode or Inductor options, got mode={mode!r}, options={options!r}")
+
+
+def _key(config: Config) -> tuple[object, ...]:
+    return tuple(config.items())
 
 
 def _rebuilt(

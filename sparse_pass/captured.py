@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from .dynamo.functions import held_by_functions
 from .dynamo.names import input_names, parameter_shardings, read_names
+from .dynamo.nested import sharing_parameters
 from .dynamo.regions import Region, guard_region
 from .dynamo.sources import Input, is_compiled_backward, is_optimizer_step, parameter_inputs
 from .fqn import Pattern
@@ -52,6 +53,7 @@ def captured(graph_module: GraphModule, model: nn.Module | None, patterns: Seque
         eager_backward=frozenset(
             name for one in inputs if id(one.value) in held for name in by_input.get(one.index, ())
         ),
+        sharing=sharing_parameters(graph_module, by_input, patterns),
         of_model=model is None or known.of_model,
         with_gradients=torch.is_grad_enabled(),
         ours=not (is_optimizer_step(graph_module) or is_compiled_backward(inputs)),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import ActivationSparsity, Config, Scheme, WeightSparsity
+from .config import Config, Scheme, scheme_text, why_no_scheme
 
 # Wrappers put these parts into a module path; they are no part of the name a user knows.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -107,11 +107,12 @@ def parse_config(config: Config) -> tuple[Pattern, ...]:
 def _parse_entry(text: str, scheme: Any) -> Pattern:
     if not isinstance(text, str) or not text:
         raise ValueError(f"config key {text!r}: expected a layer name, a `*` pattern or 're:<regex>'")
-    if scheme is not None and not _is_scheme(scheme):
-        hint = f"; instantiate it: {scheme.__name__}()" if scheme in (WeightSparsity, ActivationSparsity) else ""
+    if scheme is not None and (reason := why_no_scheme(scheme)):
+        raise ValueError(f"config[{text!r}] = {scheme!r}: {reason}")
+    if isinstance(scheme, tuple) and any(getattr(part, "precision", "captured") != "captured" for part in scheme):
         raise ValueError(
-            f"config[{text!r}] = {scheme!r}: expected a WeightSparsity or None (leave dense), or an ActivationSparsity,"
-            f" or a tuple of one of each{hint}"
+            f"config[{text!r}] = {scheme_text(scheme)}: precision='float8' is for a weight scheme alone, as a 2:4 input"
+            " is multiplied in the captured precision; take ActivationSparsity or precision='float8' out"
         )
     if text.startswith("re:"):
         try:
@@ -121,12 +122,6 @@ def _parse_entry(text: str, scheme: Any) -> Pattern:
         return Pattern(text, regex, False, scheme)
     parts = ["[^.]+" if part == "*" else re.escape(part).replace(r"\*", "[^.]*") for part in normalize(text).split(".")]
     return Pattern(text, re.compile(r"\.".join(parts)), "*" not in text, scheme)
-
-
-def _is_scheme(value: object) -> bool:
-    if isinstance(value, tuple):
-        return len(value) == 2 and {type(part) for part in value} == {WeightSparsity, ActivationSparsity}
-    return isinstance(value, (WeightSparsity, ActivationSparsity))
 
 
 def choose(patterns: Sequence[Pattern], names: Sequence[str]) -> Pattern | None:

@@ -21,7 +21,9 @@ from .graph.parameters import Names
 from .one_graph import is_logged, rewrite_graph
 from .plan.costs import Measured
 from .plan.limits import Limits, device_limits
-from .report import Report, merge
+from .plan.table import structured_operands
+from .report import Report, Site, merge
+from .shared_graphs import with_sharing
 from .vocabulary import KERNEL_DTYPES
 
 
@@ -82,6 +84,8 @@ class SparsePass(CustomGraphPass):
                 return
         costs = Measured() if self.tune == "auto" else None
         report = rewrite_graph(graph, self.patterns, names, strict=self.strict, costs=costs)
+        if names is not None and names.sharing:
+            report = with_sharing(report, names.sharing)
         if self.require == "sparse":
             _insist(report, graph)
         self._reports.append((names, report))
@@ -182,9 +186,10 @@ class SparsePass(CustomGraphPass):
             since: how many reports to leave out.
         """
         rows = {
-            site.fqn
+            name
             for names, report in self._reports[since:]
             for site in report.sites
+            for name in (site.fqn, *site.serves)
             if not training or (site.training and (names is None or names.of_model))
         }
         cached = [names for names in list(self._awaited) if not training or (names.with_gradients and names.of_model)]
@@ -226,10 +231,17 @@ def _insist(report: Report, graph: Graph) -> None:
     values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
     if not any(isinstance(value, torch.Tensor) and value.is_cuda for value in values):
         return
-    dense = [site for site in report.sites if site.status != "sparse" and not site.measured]
+    dense = [site for site in report.sites if site.status != "sparse" and not site.measured and not _has_nothing(site)]
     if dense:
         told = "; ".join(f"{site.fqn!r} is {site.status}: {site.reason}" for site in dense)
         raise ValueError(f"sparse_pass, require='sparse': no 2:4 kernel for {told}")
+
+
+def _has_nothing(site: Site) -> bool:
+    """Whether the scheme changes gradients alone, and the graph has none of these, as one of inference."""
+    asked = [gemm for gemm, role in structured_operands(site.scheme).items() if role is not None]
+    none_there = all(getattr(site, gemm) is None for gemm in asked)
+    return site.status == "masked_dense" and "output" not in asked and none_there
 
 
 def _environment() -> tuple[object, ...]:

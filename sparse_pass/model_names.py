@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence, Set
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .config import weight_scheme
+from .config import input_scheme, weight_scheme
 from .fqn import Pattern, choose, nearest, normalize
 from .plan.legal import why_shape_skipped
 
@@ -78,8 +78,10 @@ def check_names(model: nn.Module, patterns: Iterable[Pattern]) -> None:
         weight = weights[named[0]]
         if pattern.exact and pattern.scheme is not None and weight is not None:
             reason = why_shape_skipped(weight.shape)
-            if weight_scheme(pattern.scheme) is None and any(dim % 4 == 0 and dim for dim in weight.shape):
-                reason = None  # only K counts, and which of the dims it is shows in the graph
+            if weight_scheme(pattern.scheme) is None:
+                # Of a 2:4 input only K counts, and which of the dims it is shows in the graph.
+                takes = input_scheme(pattern.scheme) is None or any(dim % 4 == 0 and dim for dim in weight.shape)
+                reason = None if takes else reason
             if reason:
                 raise ValueError(f"{pattern.text!r} cannot be sparsified: {reason}")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .config import Config, Scheme, input_scheme, weight_scheme
+from .config import Config, WeightSparsity, gradient_scheme, input_scheme, weight_scheme
 from .dynamo.fsdp import gathered_dtypes
-from .fqn import normalize, parse_config
+from .fqn import Pattern, normalize, parse_config
 from .model_names import check_names, chosen_weights
 from .ops.definitions import mask24
 from .ops.shards import local
@@ -37,12 +40,12 @@ def prune_(
     Weights that are DTensors are pruned shard by shard, and gathered one by one where a shard ends inside of a 4x4
     tile, so all ranks must call this. Of a weight whose input was the 2:4 operand of the output, by
     itself or in a pair with the weight, nothing is written: the output was computed with the dense weight, and with
-    a 2:4 input that a dense model does not have.
+    a 2:4 input that a dense model does not have. Nor is anything written where only gradients were 2:4.
 
     Args:
         model: any module; compiled or wrapped ones too.
-        config: names to schemes, as for :func:`sparse_backend`; only ``mask`` of a scheme counts, and only of
-            a `WeightSparsity` that stands alone.
+        config: names to schemes, as for :func:`sparse_backend`; only ``mask`` and ``scale`` of a scheme count, and
+            only of a `WeightSparsity` that stands alone. With a ``scale`` call it once: each call multiplies by it.
         dtype: masks are chosen on the weights rounded to it. By default on what FSDP2's policies say, and else on the
             weights as they are.
         whole: the model that ``model`` is a part of, as for :func:`sparse_backend`.
@@ -57,10 +60,50 @@ def prune_(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: expected the floating point dtype that training saw, such as torch.bfloat16")
+    found = list(pruned_weights(model, config, whole))
+    for one in found:
+        if one.sparsity is not None and one.weight.is_meta:
+            raise ValueError(f"{one.name!r} is on the meta device: load its data before prune_")
+    gathered = gathered_dtypes(model)
+    kept = []
+    for one in found:
+        if (how := one.sparsity) is not None:
+            seen = one.weight.detach().to(dtype or gathered.get(id(one.weight), one.weight.dtype))
+            kept.append((one.weight, mask24(seen, how.mask), how.factor))
+    with torch.no_grad():
+        for weight, mask, scale in kept:
+            # Not a product: 0 * inf would leave a NaN where the mask drops an infinity.
+            local(weight).masked_fill_(~local(mask), 0)
+            if scale != 1:
+                local(weight).mul_(scale)
+    return Report(sites=tuple(map(site_of, found)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrunedWeight:
+    """A named weight, and what `prune_` makes of it."""
+
+    name: str
+    weight: nn.Parameter
+    pattern: Pattern
+    sparsity: WeightSparsity | None
+    """None if it stays dense."""
+    reason: str
+    """Why it does."""
+
+
+def pruned_weights(model: nn.Module, config: Config, whole: nn.Module | None = None) -> Iterator[PrunedWeight]:
+    """The named weights of a model, each once.
+
+    Args:
+        whole: the model that ``model`` is a part of, if names are names in that.
+
+    Raises:
+        ValueError: a name that names no linear weight, an exactly named weight that cannot be 2:4 sparse, or one that
+            is computed from other parameters.
+    """
     patterns = parse_config(config)
     check_names(whole or model, patterns)
-    gathered = gathered_dtypes(model)
-    sites, kept = [], []
     for name, weight, pattern in chosen_weights(model, patterns):
         scheme = pattern.scheme
         assert scheme is not None
@@ -72,38 +115,30 @@ def prune_(
                 f"{name!r} computes its weight from other parameters, so that a mask cannot be written into it:"
                 f" call {_removal(model, name)} first, or map it to None"
             )
-        reason = _why_left(scheme, weight)
-        if sparsity is not None and not reason:
-            if weight.is_meta:
-                raise ValueError(f"{name!r} is on the meta device: load its data before prune_")
-            seen = weight.detach().to(dtype or gathered.get(id(weight), weight.dtype))
-            kept.append((weight, mask24(seen, sparsity.mask)))
-        n, k = weight.shape
-        sites.append(
-            Site(
-                fqn=name,
-                pattern=pattern.text,
-                scheme=scheme,
-                shape=("-", n, k),
-                dtype=weight.dtype,
-                status="skipped" if reason else "sparse",
-                reason=reason,
-            )
-        )
-    with torch.no_grad():
-        for weight, mask in kept:
-            # Not a product: 0 * inf would leave a NaN where the mask drops an infinity.
-            local(weight).masked_fill_(~local(mask), 0)
-    return Report(sites=tuple(sites))
+        if sparsity is None:
+            said = {"the input": input_scheme(scheme), "gradients": gradient_scheme(scheme)}
+            what = " and ".join(text for text, part in said.items() if part is not None)
+            reason = f"the scheme is of {what} only: the weight stays dense"
+        elif input_scheme(scheme) is not None:
+            reason = "the output is computed with the dense weight: of a pair it is the input that is 2:4 there"
+        else:
+            reason = why_shape_skipped(weight.shape) or ""
+        pruned_by = None if reason else sparsity
+        yield PrunedWeight(name=name, weight=weight, pattern=pattern, sparsity=pruned_by, reason=reason)
 
 
-def _why_left(scheme: Scheme, weight: nn.Parameter) -> str:
-    """Why nothing is written into a weight; empty if its mask is."""
-    if weight_scheme(scheme) is None:
-        return "the scheme is of the input only: the weight stays dense"
-    if input_scheme(scheme) is not None:
-        return "the output is computed with the dense weight: of a pair it is the input that is 2:4 there"
-    return why_shape_skipped(weight.shape) or ""
+def site_of(one: PrunedWeight) -> Site:
+    """The row of a report."""
+    assert one.pattern.scheme is not None
+    return Site(
+        fqn=one.name,
+        pattern=one.pattern.text,
+        scheme=one.pattern.scheme,
+        shape=("-", *one.weight.shape),
+        dtype=one.weight.dtype,
+        status="skipped" if one.reason else "sparse",
+        reason=one.reason,
+    )
 
 
 def _removal(model: nn.Module, name: str) -> str:

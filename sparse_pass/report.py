@@ -52,6 +52,8 @@ class Site:
     serves: tuple[str, ...] = ()
     """Other layers that have run this very row: parts of a model that are compiled one by one share a graph where they
     are alike and treated alike."""
+    steps: str = ""
+    """The steps of a `Schedule` in which the graph runs, such as ``"steps 500 to 7499"``; empty without a schedule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +113,7 @@ def merge(reports: Iterable[Report], patterns: Iterable[str]) -> Report:
 _COLUMNS: dict[str, Callable[[Site], str]] = {
     "fqn": lambda site: site.fqn,
     "graph": lambda site: "training" if site.training else "inference",
+    "steps": lambda site: site.steps.removeprefix("steps "),
     "scheme": lambda site: scheme_text(site.scheme),
     "M, N, K": lambda site: ", ".join(map(str, site.shape)),
     "of weight": lambda site: site.shard_of,
@@ -127,6 +130,8 @@ def _table(sites: Sequence[Site]) -> list[str]:
     columns = dict(_COLUMNS)
     if len({site.training for site in sites}) == 1:
         del columns["graph"]
+    if not any(site.steps for site in sites):
+        del columns["steps"]
     if not any(site.shard_of for site in sites):
         del columns["of weight"]
     rows = [tuple(columns), *(tuple(cell(site) for cell in columns.values()) for site in sites)]

@@ -84,6 +84,20 @@ class SharedGraphs:
         return replace(report, sites=tuple(sites), notes=(*report.notes, *_notes(sites)))
 
 
+def with_sharing(report: Report, sharing: Sequence[tuple[tuple[str, ...], ...]]) -> Report:
+    """A report whose rows say which layers run the graph of a region that bears the name of one of them."""
+    sites = list(report.sites)
+    for place, site in enumerate(sites):
+        for group in sharing:
+            modules = [(_modules(names)[0], *names) for names in group]
+            own = next((names for names in modules if site.fqn in names), None)
+            if own is not None:
+                at = own.index(site.fqn)
+                serves = tuple(names[at] for names in modules if names is not own)
+                sites[place] = replace(site, serves=serves)
+    return replace(report, sites=tuple(sites), notes=(*report.notes, *_notes(sites)))
+
+
 def _notes(sites: Sequence[Site]) -> list[str]:
     parts: dict[str, list[str]] = {}
     for site in sites:

@@ -27,13 +27,16 @@ GRAD_TILE = 16
 ROW_MULTIPLE = 8
 """cuSPARSELt takes the M of a product, see `Product`, in multiples of 8."""
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_OUTPUT = torch.bfloat16
+"""Of a product of float8 operands, before it is multiplied by the inverse of their scales."""
 MIN_CAPABILITY = (8, 0)
 """Sparse tensor cores came with SM80 (A100)."""
 
 MASKS = ("optimal", "greedy")
 """Masks of 4x4 tiles, two of four along rows and columns."""
 
-Form = Literal["linear", "grad_weight", "input", "input_grad_weight"]
+Form = Literal["linear", "grad_weight", "input", "input_grad_weight", "grad_input"]
 FORMS: tuple[Form, ...] = get_args(Form)
 _Size = TypeVar("_Size")
 
@@ -82,6 +85,7 @@ class Product:
 #   "grad_weight"        MVUE(dY)^T [N, K]    X   [K, M]        [N, M]   grad_weight; K of it is padded rows
 #   "input"              S(X)    [N, K]       W   [M, K]        [N, M]   output; N of it is padded rows
 #   "input_grad_weight"  S(X)^T  [N, K]       dY  [K, M]        [M, N]   grad_weight; K of it is padded rows
+#   "grad_input"         MVUE(dY) [N, K]      W   [K, M]        [N, M]   grad_input; N of it is padded rows
 PRODUCTS: dict[Form, Product] = {
     "linear": Product(op="linear", structured="weight", b_transposed=True, d_transposed=True, rows="m"),
     "grad_weight": Product(
@@ -91,6 +95,7 @@ PRODUCTS: dict[Form, Product] = {
     "input_grad_weight": Product(
         op="input_grad_weight", structured="input", b_transposed=False, d_transposed=True, rows="k"
     ),
+    "grad_input": Product(op="grad_input", structured="grad_output", b_transposed=False, d_transposed=False, rows="n"),
 }
 
 
@@ -99,9 +104,10 @@ def padded(rows: int, multiple: int = KERNEL_TILE) -> int:
     return (rows + multiple - 1) // multiple * multiple
 
 
-def packed_numel(rows: int, cols: int) -> int:
-    """Elements of 16 bits of a packed [padded(rows), cols], and of its transpose, in every layout.
+def packed_numel(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Elements of a packed [padded(rows), cols], and of its transpose, in every layout.
 
-    Of each group of four two values, and a nibble that says which two: 9/16 of the dense matrix.
+    Of each group of four two values, and a nibble that says which two: 9/16 of the dense matrix of 16-bit values, 5/8
+    of one of 8-bit values.
     """
-    return padded(rows) // 16 * cols * 9
+    return padded(rows) // 8 * cols * 5 if dtype.itemsize == 1 else padded(rows) // 16 * cols * 9

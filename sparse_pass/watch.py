@@ -73,6 +73,18 @@ class Watch:
         if self.missing(training=True):
             self._hook(model)
 
+    def rest(self) -> None:
+        """Watch nothing until `wake`: what is called now is computed by another config."""
+        if self._first_step is not None:
+            self._first_step.over()
+            self._first_step = None
+
+    def wake(self) -> None:
+        """Watch again, if a step has yet to show that nothing is missing."""
+        model = self.model()
+        if model is not None and self._first_step is None and self.missing(training=True):
+            self._hook(model)
+
     def on_attempt(self) -> None:
         """See `Watcher`."""
         self._called = True

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Inductor writes its loops for CPUs without vector instructions here. Otherwise new machines would compile programs for
+# 10 s that try which instructions there are, and each loop would take longer to compile. It is all one to the pass.
+# torch reads this when it is imported, also in the processes that tests start; 1 gives the loops that users get.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
 import pytest
 import torch
-from torch._inductor import config as inductor_config
+from support import fresh_compile
 
 if TYPE_CHECKING:
     from fake_cusparselt import FakeCusparselt
@@ -32,11 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fresh_compiler() -> Iterator[None]:
     """A graph from a compile cache never meets the pass: a test that reads it would test nothing.
 
-    Tests of the caches themselves patch `force_disable_caches` back to False.
+    Tests of the caches themselves turn them on again.
     """
-    torch._dynamo.reset()
     torch.manual_seed(0)
-    with inductor_config.patch(force_disable_caches=True):
+    with fresh_compile():
         yield
 
 

@@ -23,9 +23,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Which folder, or module at the top, may import which: each only what stands below it.
 ALLOWED = {
-    "__init__": "backend config explain graph_pass inductor one_graph ops prune report",
+    "__init__": "backend config explain graph_pass inductor metrics one_graph ops prune report schedule verify",
+    "schedule": "backend callbacks config",
+    "callbacks": "",
     "explain": "capture captured config fqn graph_pass model_names report usage",
-    "backend": "capture captured config dynamo graph_pass inductor model_names report shared_graphs usage watch",
+    "backend": "capture captured config dynamo graph_pass inductor model_names phases report usage",
+    "phases": "dynamo graph_pass report shared_graphs watch",
     "watch": "dynamo graph_pass model_names report shared_graphs",
     "shared_graphs": "captured graph model_names report",
     "inductor": "capture captured config graph_pass one_graph report",
@@ -33,11 +36,14 @@ ALLOWED = {
     "capture": "graph_pass",
     "dynamo": "config dynamo fqn model_names shards",
     "usage": "",
-    "graph_pass": "config fqn graph one_graph ops plan report vocabulary",
+    "graph_pass": "config fqn graph one_graph ops plan report shared_graphs vocabulary",
     "one_graph": "apply config fqn graph plan report",
+    "metrics": "config fqn model_names ops prune local_part",
+    "verify": "config local_part prune report vocabulary",
+    "local_part": "ops vocabulary",
     "prune": "config dynamo fqn model_names ops plan report",
     "model_names": "config fqn plan",
-    "apply": "apply graph ops plan",
+    "apply": "apply graph ops plan vocabulary",
     "plan": "config fqn graph kernels plan vocabulary",
     "graph": "fqn graph shards",
     "ops": "kernels ops shards vocabulary",
@@ -50,8 +56,12 @@ ALLOWED = {
 }
 
 CONTRACT = {
+    "Metrics": "(model, config, *, every=50)",
+    "Schedule": "(backend, start=0, stop=None, *, patterns=None)",
     "ActivationSparsity": "(*, mask='optimal', grad_input='dense', backend='auto')",
-    "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, backend='auto')",
+    "GradientSparsity": "(*, grad_weight='mvue', grad_input='dense', backend='auto')",
+    "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, scale=1.0, precision='captured',"
+    " backend='auto')",
     "sparse_backend": "(config, *, model=None, whole=None, inner='inductor', strict=False, tune='auto', require=None,"
     " **inductor_options)",
     "SparsePass": "(config, *, strict=False, tune='auto', require=None)",
@@ -60,6 +70,7 @@ CONTRACT = {
     "explain": "(model, config)",
     "mask24": "(weight, mask='optimal')",
     "prune_": "(model, config, *, dtype=None, whole=None)",
+    "verify24": "(model, config)",
 }
 """The public names and their signatures."""
 RECORDS = {"Report", "Site"}
@@ -159,7 +170,7 @@ def test_kernels_are_imported_late() -> None:
 
 
 def test_dependencies() -> None:
-    """The standard library and torch; triton in kernels only."""
+    """The standard library and torch; triton in kernels only, trainers in their callbacks only."""
     found = set()
     for file in FILES:
         for node, _ in imports_of(file):
@@ -167,8 +178,9 @@ def test_dependencies() -> None:
             if not getattr(node, "level", 0):
                 found.update((layer(module_name(file)), name.partition(".")[0]) for name in names)
     foreign = {(layer, name) for layer, name in found if name not in sys.stdlib_module_names}
-    assert {name for _, name in foreign} <= {"torch", "triton"}
+    assert {name for _, name in foreign} <= {"torch", "triton", "transformers", "lightning"}
     assert {layer for layer, name in foreign if name == "triton"} <= {"kernels"}
+    assert {layer for layer, name in foreign if name in ("transformers", "lightning")} <= {"callbacks"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
@@ -176,7 +188,15 @@ def test_files_are_short(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 300
 
 
-SHORT = {"apply", "dynamo", "graph", "kernels", "ops", "plan", "vocabulary", "watch"}
+SHORT = {"apply", "dynamo", "graph", "kernels", "ops", "plan", "vocabulary", "watch"} | {
+    "callbacks",
+    "metrics",
+    "phases",
+    "prune",
+    "schedule",
+    "shards",
+    "verify",
+}
 """Where every function is held to the limits below."""
 
 
@@ -221,7 +241,7 @@ def test_documented(name: str) -> None:
     text = inspect.getdoc(public) or ""
     assert len(text) > 40
     assert not text.startswith(f"{name}("), "that is the docstring which dataclass makes"
-    if name in ("ActivationSparsity", "WeightSparsity"):
+    if name in ("ActivationSparsity", "GradientSparsity", "WeightSparsity"):
         # Field docstrings, which only the source has.
         text += inspect.getsource(public)
         (body,) = ast.parse(inspect.getsource(public)).body
@@ -257,30 +277,41 @@ def test_typed() -> None:
 # What an import may do
 
 
-def imported(before: str, after: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys\n{before}\nimport sparse_pass\n{after}\nprint('done')"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_import_without_triton() -> None:
-    """On a CPU-only torch there is none."""
-    done = imported(
-        "sys.modules['triton'] = None", "assert not [name for name in sys.modules if 'sparse_pass.kernels.' in name]"
-    )
-    assert done.stdout == "done\n", done.stderr
-
-
-def test_import_leaves_cuda_alone() -> None:
-    """A context on every GPU would cost memory in every process; asking for devices breaks a later fork."""
-    done = imported(
+def test_import_needs_neither_triton_nor_a_gpu() -> None:
+    """A CPU-only torch has no triton; a context on every GPU would cost memory, and a later fork would break."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "def refuse(*args): raise AssertionError('CUDA was asked for at import')\n"
+        "def refuse(*args): raise AssertionError('CUDA was asked for')\n"
         "torch.cuda._lazy_init = torch.cuda.current_device = refuse\n"
         "torch.cuda.get_device_capability = torch.cuda.get_device_properties = refuse\n"
+        "import sparse_pass\n"
+        "assert sparse_pass.mask24(torch.ones(4, 4)).sum() == 8\n"
+        "assert torch.ops.sparse_pass.mask24(torch.ones(4, 4), 'greedy').sum() == 8\n"
+        "assert not [name for name in sys.modules if name.startswith('sparse_pass.kernels.')]\n"
+        "print('done')\n"
     )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "done\n", done.stderr
+
+
+# The tests
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_no_test_imports_a_test() -> None:
+    """What several files need is in a folder of helpers, which pytest's `pythonpath` names."""
+    for file in TESTS:
+        for node, _ in imports_of(file):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+            assert not any(name.startswith("test_") for name in names), file
+
+
+def test_each_test_has_its_place() -> None:
+    """One of the folders that CONTRIBUTING names; and a name of its own, by which pages name it without the folder."""
+    folders = {"tests", "helpers", "fakes", "unit", "graphs", "exact", "torch_compile", "gpu"}
+    assert {file.parent.name for file in TESTS} == folders
+    names = [file.name for file in TESTS if file.name != "conftest.py"]
+    assert len(set(names)) == len(names)

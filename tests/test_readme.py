@@ -9,30 +9,60 @@ from typing import Any
 
 import pytest
 import torch
+from support import fresh_compile
 
 import sparse_pass as sp
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def ran(page: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], list[str]]:
+    """All blocks in order in one namespace, as a reader would type them. Returns that, and what each printed.
+
+    The first one prints the report that the page shows.
+    """
+    namespace: dict[str, Any] = {}
+    outputs = []
+    with fresh_compile():
+        for code in blocks("python", page):
+            exec(compile(code, page, "exec"), namespace)
+            outputs.append(capsys.readouterr().out)
+    if not torch.cuda.is_available():
+        (shown,) = blocks("text", page)
+        assert outputs[0] == shown, f"the report in {page} is not what its code prints"
+    return namespace, outputs
 
 
 def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
-    """All blocks in order in one namespace, as a reader would type them."""
-    namespace: dict[str, Any] = {}
-    outputs = []
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), namespace)
-        outputs.append(capsys.readouterr().out)
-    if not torch.cuda.is_available():
-        (shown,) = blocks("text")
-        assert outputs[0] == shown, "the report in the README is not what its code prints"
+    namespace, _ = ran("README.md", capsys)
     # After prune_ the eager model computes what the sparse one computed.
     pruned = namespace["model"](namespace["x"])
     torch.testing.assert_close(pruned, namespace["y_sparse"])
+
+
+def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace, outputs = ran("docs/recipes.md", capsys)
+    assert namespace["backend"].report.graphs == 3, "dense, sparse, and sparse without gradients"
+    assert any("are not 2:4: 'fc1' has" in output for output in outputs), "what verify24 says of a moved weight"
+
+
+def test_figures_of_the_recipes() -> None:
+    """Each row of the page's table is one of quality.md: loss and steps factor, at both sizes."""
+    measured: dict[tuple[str, str], tuple[str, str]] = {}
+    row = re.compile(r"^\| `(\w+)` \|(?:[^|]+\|){2} (\S+) \|[^|]+\| (\S+) \|", re.MULTILINE)
+    for section in (ROOT / "benchmarks/results/quality/quality.md").read_text().split("\n## ")[1:]:
+        for name, loss, factor in row.findall(section):
+            measured[section.partition(" ")[0], name] = (loss, factor)
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`: [^|]+ \| (\S*) \| (\S*) \| (\S*) ?\| (\S*) ?\|$", page, re.MULTILINE)
+    assert len(rows) == 10
+    for name, *cells in rows:
+        for size, given in (("25.7M", cells[:2]), ("4.9M", cells[2:])):
+            assert given == ["", ""] or tuple(given) == measured[size, name], name
 
 
 def test_ci_runs_the_test_command() -> None:
@@ -92,10 +122,7 @@ def test_api_page_lists_every_public_name() -> None:
 
 def test_tests_that_the_page_of_trust_names() -> None:
     page = (ROOT / "docs" / "trust.md").read_text()
-    known = {file.stem for file in (ROOT / "tests").glob("test_*.py")}
-    known |= {name for one in known for name in re.findall(r"^def (test_\w+)", _source(one), re.MULTILINE)}
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    known = {file.stem for file in files}
+    known |= {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
     assert set(re.findall(r"\btest_\w+", page)) <= known
-
-
-def _source(test: str) -> str:
-    return (ROOT / "tests" / f"{test}.py").read_text()

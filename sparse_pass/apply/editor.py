@@ -167,13 +167,17 @@ class Editor:
             rows = self.call_before(gemm, aten.reshape.default, (rows, [*leading, features]))
         self.replace(gemm, rows)
 
-    def rows_first(self, gemm: Node, place: int) -> Node:
-        """The grad_output [M, N] of a GEMM of grad_weight. As its first operand it reads the transpose."""
+    def contracted_first(self, gemm: Node, place: int) -> Node:
+        """An operand of a matmul with the dim first that is contracted over, as its second operand has it.
+
+        Of the grad_output of grad_weight it is [M, N], of that of grad_input [N, M].
+        """
         operand = operand_of(gemm, place)
         return self.flipped(operand, gemm) if place == 0 else operand
 
-    def finish_grad_weight(self, gemm: Node, result: Node, *, turned: bool) -> None:
-        """Put a product [N, K] in the place of a GEMM of grad_weight; ``turned``: of one that gives [K, N]."""
+    def finish_gradient(self, gemm: Node, result: Node, *, turned: bool) -> None:
+        """Put a product [N, K] or [M, K] in the place of the GEMM of a gradient; ``turned``: of one that gives its
+        transpose."""
         if turned:
             # In the memory order of the GEMM that it replaces: what reads it was captured with that.
             result = self.call_before(gemm, aten.permute.default, (result, [1, 0]))

@@ -1,21 +1,22 @@
 """Carry out what is planned for grad_output: a 2:4 estimate, drawn anew in every step if it is random.
 
-Before and after (sparse)::
+Before and after (sparse), of grad_weight and of grad_input::
 
-    dw = mm(permute(dy), x)
+    dw = mm(permute(dy), x)                               dx = mm(dy, w)
 
-    seed   = randint(0, 2**62, [1])
-    packed = sparse_pass.sparsify_mvue(dy, seed)
-    dw     = sparse_pass.grad_weight(packed, x, N)
+    seed   = randint(0, 2**62, [1])                       seed_1   = randint(0, 2**62, [1])
+    packed = sparse_pass.sparsify_mvue(dy, seed)          packed_1 = sparse_pass.sparsify_mvue(permute(dy), seed_1)
+    dw     = sparse_pass.grad_weight(packed, x, N)        dx       = sparse_pass.grad_input(packed_1, w, M)
 
 (with the gradient of the bias on the way, if the graph has ``db = sum(dy, [0])``)
 
 and as masked_dense::
 
-    seed = randint(0, 2**62, [1])
-    dw   = mm(permute(sparse_pass.mvue24(dy, seed)), x)
+    seed = randint(0, 2**62, [1])                         seed_1 = randint(0, 2**62, [1])
+    kept = sparse_pass.mvue24(dy, seed)                   kept_1 = sparse_pass.mvue24(permute(dy), seed_1)
+    dw   = mm(permute(kept), x)                           dx     = mm(permute(kept_1), w)
 
-Each call of a linear has a seed of its own, of torch's generator of the device.
+Each GEMM has a seed of its own, of torch's generator of the device.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ from ..plan.table import ESTIMATORS
 from ..plan.values import Part
 from .editor import Editor, sparse_ops
 
+_PRODUCTS = {"grad_weight": sparse_ops.grad_weight.default, "grad_input": sparse_ops.grad_input.default}
 _SEEDS = 2**62
 """How many seeds there are: what torch.randint and Inductor's own random numbers can draw from."""
 
 
 def estimate_gradients(edit: Editor, part: Part) -> None:
-    """Give grad_weight of one call a 2:4 grad_output, by the sparse kernel or by a dense matmul of the same numbers."""
+    """Give gradients of one call a 2:4 grad_output, by the sparse kernel or by a dense matmul of the same numbers."""
     for plan in part.gemms:
         gemm, place = plan.gemm.node, plan.gemm.places["grad_output"]
         estimator = ESTIMATORS[plan.prepared.structure]
-        grad_output = edit.rows_first(gemm, place)
+        # The dim that the GEMM contracts over comes first: M for grad_weight, N for grad_input.
+        grad_output = edit.contracted_first(gemm, place)
         arguments = [grad_output, _seed(edit, gemm)] if estimator.random else [grad_output]
         if plan.packed is None:
             kept = edit.call_before(gemm, _operator(estimator.dense), tuple(arguments))
@@ -54,12 +57,14 @@ def estimate_gradients(edit: Editor, part: Part) -> None:
         if sums:
             _replace_sums(edit, sums, packed)
             packed = edit.call_before(gemm, operator.getitem, (packed, 0))
-        input = operand_of(gemm, 1 - place)
-        rows = edit.flipped(input, gemm) if place == 1 else input
-        tuned = {"tuned": True} if plan.tuned else {}
-        columns = grad_output.meta["val"].shape[1]
-        result = edit.call_before(gemm, sparse_ops.grad_weight.default, (packed, rows, columns), tuned)
-        edit.finish_grad_weight(gemm, result, turned=place == 1)
+        other = operand_of(gemm, 1 - place)
+        other = edit.flipped(other, gemm) if place == 1 else other
+        rows = grad_output.meta["val"].shape[1]
+        if not isinstance(rows, int):
+            rows = edit.call_before(gemm, aten.sym_size.int, (grad_output, 1))
+        product, tuned = _PRODUCTS[plan.gemm.name], {"tuned": True} if plan.tuned else {}
+        result = edit.call_before(gemm, product, (packed, other, rows), tuned)
+        edit.finish_gradient(gemm, result, turned=place == 1)
 
 
 def _seed(edit: Editor, gemm: Node) -> Node:

@@ -79,11 +79,11 @@ class Inputs:
 
     def _multiply_grad_weight(self, plan: GemmPlan, packed: Node, features: int) -> None:
         gemm, place = plan.gemm.node, plan.gemm.places["grad_output"]
-        grad_output = self._edit.rows_first(gemm, place)
+        grad_output = self._edit.contracted_first(gemm, place)
         tuned = {"tuned": True} if plan.tuned else {}
         arguments = packed, grad_output, features
         result = self._edit.call_before(gemm, sparse_ops.input_grad_weight.default, arguments, tuned)
-        self._edit.finish_grad_weight(gemm, result, turned=place == 1)
+        self._edit.finish_gradient(gemm, result, turned=place == 1)
 
     def _mask(self, prepared: Prepared) -> Node:
         """In the shape and the memory order of the input, whose K may be the last dim but one."""

@@ -29,7 +29,9 @@ from torch.fx.node import map_arg
 
 from ..graph.gemms import Linear, aten, bias_of, operand_of
 from ..plan.values import GemmPlan, MaskedGradients, Packed, Part, Prepared
+from ..vocabulary import FLOAT8
 from .editor import Editor, sparse_ops
+from .float8 import RoundedOperands
 
 _CASTS = frozenset({aten._to_copy.default, aten.to.dtype, torch.ops.prims.convert_element_type.default})
 
@@ -41,6 +43,7 @@ class Weights:
 
     def __init__(self, edit: Editor) -> None:
         self._edit = edit
+        self._rounded = RoundedOperands(edit)
         self._made: dict[Prepared, _Made] = {}
         self._moved: dict[tuple[Node, Node], Node] = {}
 
@@ -51,10 +54,14 @@ class Weights:
         weight, made = part.prepared.source, self._make(part.prepared)
         for plan in part.gemms:
             use = plan.gemm.weight_read
-            if plan.packed is not None:
+            if plan.packed is not None and plan.rounded is not None:
+                self._rounded.multiply(plan, made[plan.packed])
+            elif plan.packed is not None:
                 self._multiply(plan, made[plan.packed])
-            elif use is not None:
-                self._edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
+            else:
+                if use is not None:
+                    self._edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
+                self._rounded.feed(plan)
         if part.masked is not None:
             self._change_gradients(linear, part.masked, weight, made["mask"])
 
@@ -71,21 +78,29 @@ class Weights:
             zero = edit.zero(weight, before, like=before)
             laid_out = edit.laid_out(made["mask"], weight, before, like=before)
             made["dense"] = edit.call_before(before, aten.where.self, (laid_out, weight, zero))
+            if prepared.scale != 1:
+                made["dense"] = edit.call_before(before, aten.mul.Tensor, (made["dense"], prepared.scale))
+            if prepared.precision == "float8":
+                made["dense"] = self._rounded.round_weight(prepared, made["dense"])
         for use in prepared.readers:
             edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
         both: dict[torch.dtype, Node] = {}
         for packed in prepared.packed:
             # The mask is chosen on the weight as stored, also where autocast feeds the GEMM a rounded copy.
-            cast = {} if weight.meta["val"].dtype == packed.dtype else {"dtype": packed.dtype}
+            options: dict[str, Any] = {} if weight.meta["val"].dtype == packed.dtype else {"dtype": packed.dtype}
+            if prepared.scale != 1:
+                options["scale"] = prepared.scale
             args = weight, prepared.structure
             if packed.together:
-                if packed.dtype not in both:
-                    both[packed.dtype] = edit.call_before(before, sparse_ops.sparsify.default, args, cast)
+                if packed.dtype not in both and packed.dtype == FLOAT8:
+                    both[FLOAT8] = self._rounded.pack(prepared)
+                elif packed.dtype not in both:
+                    both[packed.dtype] = edit.call_before(before, sparse_ops.sparsify.default, args, options)
                 half = both[packed.dtype], int(packed.transposed)
                 made[packed] = edit.call_before(before, operator.getitem, half)
             else:
                 one = (*args, packed.transposed)
-                made[packed] = edit.call_before(packed.before, sparse_ops.sparsify_one.default, one, cast)
+                made[packed] = edit.call_before(packed.before, sparse_ops.sparsify_one.default, one, options)
                 if packed.in_backward:
                     made[packed].meta["partitioner_tag"] = "must_be_in_backward"
         self._made[prepared] = made

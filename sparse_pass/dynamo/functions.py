@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import CodeType
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -29,19 +30,37 @@ def _held() -> Iterator[object]:
     output = running_scope()
     if output is None:
         return
-    if any(isinstance(value, FunctionCtx) for value in output.local_scope.values()):
-        yield list(output.local_scope.values())
+    forwards = _forwards()
+    scope = list(output.local_scope.values())
+    if _place(output.root_tx.f_code) in forwards or any(isinstance(value, FunctionCtx) for value in scope):
+        yield scope
     frame = sys._getframe()
     while frame is not None:
         # Of these frames alone: Python 3.12 and older keep the locals that were asked for as long as the frame runs.
-        if frame.f_code is _APPLY:
-            # It is Python and calls the forward, whatever its name and whether it takes a ctx.
-            yield [frame.f_locals.get("args"), frame.f_locals.get("kwargs")]
+        if _place(frame.f_code) in forwards:
+            yield list(frame.f_locals.values())
         elif frame.f_code.co_name == "backward":
-            scope = frame.f_locals
-            if any(isinstance(value, FunctionCtx) for value in scope.values()):
-                yield list(scope.values())
+            scope = list(frame.f_locals.values())
+            if any(isinstance(value, FunctionCtx) for value in scope):
+                yield scope
         frame = frame.f_back  # type: ignore[assignment]
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+def _place(code: CodeType) -> tuple[str, int]:
+    """Where a function is written: of code that Dynamo has changed that is the same."""
+    return code.co_filename, code.co_firstlineno
+
+
+def _forwards() -> set[tuple[str, int]]:
+    """Of all functions. A forward need not take a ctx, and newer torch calls it from C++."""
+    found = set()
+    classes = [torch.autograd.Function]
+    while classes:
+        several = classes.pop().__subclasses__()
+        classes += several
+        for one in several:
+            forward = vars(one).get("forward")
+            code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+            if code is not None:
+                found.add(_place(code))
+    return found

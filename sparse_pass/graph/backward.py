@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from .gemms import (
     MOVES,
-    GradWeightGemm,
+    GradientGemm,
     Linear,
     Use,
     aten,
@@ -26,6 +26,7 @@ from .gemms import (
     made_by,
     packet_name,
     strip_moves,
+    weight_place,
     weight_places,
 )
 from .inputs import input_of
@@ -231,11 +232,28 @@ def _is_product(node: Node) -> bool:
     return bool(weight_places(node)) or node.target is aten.mul.Tensor
 
 
-def _grad_weight(operand: Node, backward: Set[Node]) -> GradWeightGemm | None:
+def _grad_weight(operand: Node, backward: Set[Node]) -> GradientGemm | None:
     """The matmul that made a gradient, if it is one of something from outside and something of the forward."""
     gemm = made_by(operand)
     if gemm.target is not aten.mm.default:
         return None
     # By what they were made from: moves of the input that stand in the backward are tagged as backward too.
     left, right = (isinstance(source, Node) and strip_moves(source)[0] in backward for source in gemm.args)
-    return None if left == right else GradWeightGemm(gemm, 0 if left else 1)
+    return None if left == right else GradientGemm("grad_weight", gemm, 0 if left else 1)
+
+
+def grad_input_gemm(linear: Linear, use: Use) -> GradientGemm | None:
+    """A GEMM of ``linear.grad_input`` as one matmul of grad_output and weight.
+
+    None for another op, and for one that contracts over the dim of the weight that output contracts over: it computes
+    the output anew, as an autograd function may in its backward.
+    """
+    if use.gemm.target is not aten.mm.default or _contracted(use) == _contracted(linear.output):
+        return None
+    return GradientGemm("grad_input", use.gemm, 0 if weight_place(use) == 1 else 1)
+
+
+def _contracted(use: Use) -> int:
+    """Which of its two dims a GEMM contracts the weight over, as that is stored."""
+    layout = next(layout for at, layout in weight_places(use.gemm) if use.gemm.args[at] is use.operand)
+    return (sum(map(is_flip, use.chain)) + (layout == "nk")) % 2

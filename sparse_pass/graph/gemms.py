@@ -92,12 +92,21 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class GradWeightGemm:
-    """The GEMM of grad_weight: ``mm(grad_output.T, input)``, or its transpose ``mm(input.T, grad_output)``."""
+class GradientGemm:
+    """A GEMM that reads grad_output: ``mm(grad_output.T, input)`` of grad_weight, or ``mm(grad_output, weight)`` of
+    grad_input, or the transpose of one of these, ``mm(input.T, grad_output)`` or ``mm(weight.T, grad_output.T)``."""
 
+    name: GemmName
     gemm: Node
     place: Literal[0, 1]
     """Which operand is that of grad_output."""
+
+    @property
+    def shape(self) -> tuple[Any, Any, Any]:
+        """(M, N, K) of the linear, as far as it is of this GEMM."""
+        made, read = self.gemm.meta["val"].shape, operand_of(self.gemm, self.place).meta["val"].shape
+        kept, contracted, k = made[self.place], read[1 - self.place], made[1 - self.place]
+        return (kept, contracted, k) if self.name == "grad_input" else (contracted, kept, k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +126,7 @@ class Linear:
     GEMM gives it."""
     grad_output: int | None = None
     """Position of the weight's gradient among the outputs of the graph; None for that of a computed weight."""
-    grad_weight: GradWeightGemm | None = None
+    grad_weight: GradientGemm | None = None
     """What made ``grad_operand``, where it is one matmul."""
     unplaced_grad_input: str = ""
     """Why ``grad_input`` may lack a GEMM of the backward; empty if all were found."""
@@ -171,6 +180,12 @@ def _may_multiply(target: Any) -> bool:
 def weight_place(use: Use) -> int:
     """Which operand of a GEMM is the weight."""
     return next(at for at, _ in weight_places(use.gemm) if use.gemm.args[at] is use.operand)
+
+
+def other_place(gemm: Node, place: int) -> int:
+    """Where a GEMM has the operand that it multiplies by the one at ``place``."""
+    with_bias = gemm.target in (aten.addmm.default, aten.baddbmm.default, aten.addmv.default)
+    return (3 if with_bias else 1) - place
 
 
 def operand_of(gemm: Node, place: int) -> Node:

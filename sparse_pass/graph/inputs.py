@@ -9,7 +9,26 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .gemms import Linear, Use, aten, is_flip, is_move, made_by, operand_of, strip_moves, weight_place
+from .gemms import (
+    MOVES,
+    Linear,
+    Use,
+    aten,
+    is_flip,
+    is_move,
+    made_by,
+    operand_of,
+    other_place,
+    packet_name,
+    strip_moves,
+    weight_place,
+    weight_places,
+)
+
+_PARTS = frozenset(["slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind"])
+_CASTS = frozenset(["convert_element_type", "_to_copy", "to", "lift_fresh_copy"])
+_WHOLE = MOVES - _PARTS - _CASTS
+"""Moves after which all values are there, and no others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +46,7 @@ def input_of(use: Use) -> Input | None:
     """The input of the GEMM that reads a weight, as the graph has it now."""
     gemm = use.gemm
     place = weight_place(use)
-    first = gemm.target in (aten.addmm.default, aten.baddbmm.default, aten.addmv.default)  # the bias
-    other = (3 if first else 1) - place
+    other = other_place(gemm, place)
     operand = gemm.args[other]
     if not isinstance(operand, Node):
         return None
@@ -53,21 +71,21 @@ def _narrow(node: Node) -> Node | None:
 
 
 @dataclass(frozen=True, slots=True)
-class InputRead:
-    """Where the GEMM of grad_weight reads the input: operand ``place`` of ``gemm``, ``moves`` views after the input."""
+class OperandRead:
+    """Where a GEMM reads a tensor, such as the input: operand ``place`` of ``gemm``, ``moves`` views after it."""
 
     gemm: Node
     place: int
     moves: int
 
     def resolved(self) -> tuple[Node, tuple[Node, ...]]:
-        """The input as the graph has it now, and the views that make the operand of it."""
+        """The tensor as the graph has it now, and the views that make the operand of it."""
         root, chain = strip_moves(operand_of(self.gemm, self.place))
         first = len(chain) - self.moves
         return (root, *chain)[first], chain[first:]
 
 
-def input_reads(linear: Linear, input: Node) -> Iterator[InputRead]:
+def input_reads(linear: Linear, input: Node) -> Iterator[OperandRead]:
     """The operands of the GEMM of grad_weight that are the input, or views of it.
 
     Or of what is the same: after an op in place each that reads it makes views anew.
@@ -81,7 +99,29 @@ def input_reads(linear: Linear, input: Node) -> Iterator[InputRead]:
             made = (root, *chain)
             found = next((at for at, node in enumerate(made) if _is_same(node, input)), None)
             if found is not None:
-                yield InputRead(gemm, place, len(chain) - found)
+                yield OperandRead(gemm, place, len(chain) - found)
+
+
+def dense_read(use: Use) -> tuple[Node, OperandRead] | None:
+    """The tensor that a GEMM multiplies by the weight, before views of all of it, and where it is read.
+
+    None if the GEMM is none that is known, or multiplies 8-bit values already.
+    """
+    gemm = use.gemm
+    places = [at for at, _ in weight_places(gemm) if gemm.args[at] is use.operand]
+    if not places or gemm.target in (aten._scaled_mm.default, aten._int_mm.default):
+        return None
+    place = other_place(gemm, places[0])
+    operand = gemm.args[place]
+    if not isinstance(operand, Node):
+        return None
+    root, chain = strip_moves(operand)
+    views = 0
+    for node in reversed(chain):
+        if packet_name(node) not in _WHOLE:
+            break
+        views += 1
+    return (root, *chain)[len(chain) - views], OperandRead(gemm, place, views)
 
 
 def _is_same(one: object, other: object) -> bool:

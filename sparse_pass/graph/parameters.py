@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ class Names:
     """Names of the parameters that are in the hands of an autograd.Function whose backward runs eagerly."""
     of_model: bool = True
     """False where the parameters are those of a copy of the model that names are names in."""
+    sharing: Sequence[tuple[tuple[str, ...], ...]] = ()
+    """Names of parameters that are multiplied in one graph of a region, which bears the names of one of them."""
     with_gradients: bool = True
     """Whether gradients were enabled when the graph was captured."""
     ours: bool = True

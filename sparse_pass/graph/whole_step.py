@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from ..fqn import normalize
 from .gemms import (
-    GradWeightGemm,
+    GradientGemm,
     Linear,
     Use,
     aten,
@@ -122,7 +122,7 @@ _NONE_KNOWN = "no product of its input is known to be the gradient of the weight
 _UNTURNED = "the graph brings the gradient to no layout of the weight; left as traced"
 
 
-def _product(linear: Linear, backward: Set[Node], taken: Set[Node]) -> tuple[GradWeightGemm | None, str]:
+def _product(linear: Linear, backward: Set[Node], taken: Set[Node]) -> tuple[GradientGemm | None, str]:
     """The product, or why it is not known; neither where the graph has none."""
     input = input_of(linear.output)
     if input is None or not backward:
@@ -138,7 +138,7 @@ def _product(linear: Linear, backward: Set[Node], taken: Set[Node]) -> tuple[Gra
         left = bool(of_input or set(of_gradient) - taken)
         return None, _NONE_KNOWN if left else ""
     place: Literal[0, 1] = 1 if strip_moves(operand_of(found[0], 0))[0] is root else 0
-    return GradWeightGemm(found[0], place), ""
+    return GradientGemm("grad_weight", found[0], place), ""
 
 
 def _products_of(root: Node, backward: Set[Node]) -> list[Node]:
@@ -166,7 +166,7 @@ def _others(use: Use) -> list[Node]:
     return [one for one in use.gemm.all_input_nodes if one is not use.operand]
 
 
-def _as_operand(made: GradWeightGemm, linear: Linear) -> Node | None:
+def _as_operand(made: GradientGemm, linear: Linear) -> Node | None:
     """The product in the layout that the forward GEMM reads the weight in: itself, or its transpose."""
     gemm = made.gemm
     if ("nk" if made.place == 0 else "kn") == linear.layout:

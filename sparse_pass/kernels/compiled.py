@@ -12,6 +12,7 @@ from .mvue import sparsify_mvue, sparsify_mvue_sum
 from .sparsify import sparsify, sparsify_input, sparsify_one
 
 __all__ = [
+    "grad_input_into",
     "grad_weight_into",
     "input_grad_weight_into",
     "input_linear_into",
@@ -35,4 +36,4 @@ def _into(form: Form) -> Callable[..., None]:
     return multiply
 
 
-linear_into, grad_weight_into, input_linear_into, input_grad_weight_into = map(_into, FORMS)
+linear_into, grad_weight_into, input_linear_into, input_grad_weight_into, grad_input_into = map(_into, FORMS)

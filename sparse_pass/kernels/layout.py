@@ -16,7 +16,7 @@ import triton.language as tl
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def _byte_table(entry: dict[tuple[int, int], int]) -> tuple[int, ...]:
+def byte_table(entry: dict[tuple[int, int], int]) -> tuple[int, ...]:
     """Eight bytes as two int32, indexed by the low three bits of a mask nibble, which tell the six pairs apart."""
     table = [0] * 8
     for (i0, i1), byte in entry.items():
@@ -24,11 +24,11 @@ def _byte_table(entry: dict[tuple[int, int], int]) -> tuple[int, ...]:
     return tuple(int.from_bytes(bytes(table[at : at + 4]), "little", signed=True) for at in (0, 4))
 
 
-_KEPT = [(i0, i1) for i0 in range(4) for i1 in range(i0 + 1, 4)]
+KEPT = [(i0, i1) for i0 in range(4) for i1 in range(i0 + 1, 4)]
 # A mask nibble's metadata nibble, and the byte-permutation selectors of its first and its second kept 16-bit value.
-_CODES = tl.constexpr(_byte_table({(i0, i1): i0 | i1 << 2 for i0, i1 in _KEPT}))
-_FIRST = tl.constexpr(_byte_table({(i0, i1): 0x22 * i0 + 0x10 for i0, i1 in _KEPT}))
-_SECOND = tl.constexpr(_byte_table({(i0, i1): 0x22 * i1 + 0x10 for i0, i1 in _KEPT}))
+CODES = tl.constexpr(byte_table({(i0, i1): i0 | i1 << 2 for i0, i1 in KEPT}))
+_FIRST = tl.constexpr(byte_table({(i0, i1): 0x22 * i0 + 0x10 for i0, i1 in KEPT}))
+_SECOND = tl.constexpr(byte_table({(i0, i1): 0x22 * i1 + 0x10 for i0, i1 in KEPT}))
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def shuffled(low, high, SELECTOR: tl.constexpr):
 
 
 @triton.jit
-def _look_up(table: tl.constexpr, mask):
+def look_up(table: tl.constexpr, mask):
     """Four mask nibbles, the low half of `mask`, give four bytes of the table."""
     low = tl.full(mask.shape, table[0], tl.int32)
     high = tl.full(mask.shape, table[1], tl.int32)
@@ -100,8 +100,8 @@ def _kept_values(x, FIRST: tl.constexpr, STEP: tl.constexpr, selector, DTYPE: tl
 @triton.jit
 def compress(x, mask, ALONG: tl.constexpr, ACROSS: tl.constexpr, DTYPE: tl.constexpr):
     """Four groups of a tile -> the four words of kept values, and their four metadata nibbles, one in each byte."""
-    first = _look_up(_FIRST, mask)
-    second = _look_up(_SECOND, mask)
+    first = look_up(_FIRST, mask)
+    second = look_up(_SECOND, mask)
     low = shuffled(first, second, 0x5140)
     high = shuffled(first, second, 0x7362)
     words = (
@@ -110,7 +110,7 @@ def compress(x, mask, ALONG: tl.constexpr, ACROSS: tl.constexpr, DTYPE: tl.const
         _kept_values(x, 2 * ACROSS, ALONG, high, DTYPE),
         _kept_values(x, 3 * ACROSS, ALONG, high >> 16, DTYPE),
     )
-    return words, _look_up(_CODES, mask)
+    return words, look_up(CODES, mask)
 
 
 @triton.jit

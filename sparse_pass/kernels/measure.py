@@ -56,7 +56,7 @@ def timing_of(problem: Problem, *, measure: bool) -> Timing | None:
     return _measured(file, name, problem.device, str(problem), lambda: _race(problem, candidates), candidates)
 
 
-Operand = Literal["S(W)", "MVUE(dY)", "S(X)"]
+Operand = Literal["S(W)", "MVUE(dY)", "MVUE(dY^T)", "S(X)"]
 
 
 def preparation_of(
@@ -64,7 +64,8 @@ def preparation_of(
 ) -> Timing:
     """What a structured operand costs, packed and as a dense one with zeros; measured now if it is not known.
 
-    shape: of what it is made from, W [N, K], dY [M, N] or X [M, K]. stored: its dtype. dtype: of the GEMMs.
+    shape: of what it is made from, W [N, K], dY [M, N] or X [M, K]; of dY^T it is that of dY. stored: its dtype. dtype:
+    of the GEMMs.
     """
     file = timings.path(device)
     mask_and = f"{mask} " if mask else ""
@@ -79,8 +80,9 @@ def preparation_of(
         random = torch.Generator("cuda").manual_seed(0)
         dense = torch.randn(*shape, device="cuda", dtype=stored, generator=random)
         zero, seed = dense.new_zeros(()), torch.zeros(1, device="cuda", dtype=torch.int64)
-        if operand == "MVUE(dY)":
-            return Timing(0, _time(lambda: mvue.sparsify_mvue(dense, seed)), _time(lambda: mvue.mvue24(dense, seed)))
+        if operand in ("MVUE(dY)", "MVUE(dY^T)"):
+            read = dense if operand == "MVUE(dY)" else dense.T
+            return Timing(0, _time(lambda: mvue.sparsify_mvue(read, seed)), _time(lambda: mvue.mvue24(read, seed)))
         if operand == "S(X)":
             packed_us = _time(lambda: sparsify.sparsify_input(dense, None, mask, "none"))
         else:
@@ -124,6 +126,8 @@ def dense_matmul(problem: Problem, kept: Tensor, dense: Tensor, bias: Tensor | N
         return lambda: torch.nn.functional.linear(dense, kept, bias)
     if problem.form == "input":
         return lambda: torch.nn.functional.linear(kept, dense)
+    if problem.form == "grad_input":
+        return lambda: kept @ dense
     turned = kept.T.contiguous()  # dY or S(X) as a dense layer has it
     if problem.form == "grad_weight":
         return lambda: turned.T @ dense

@@ -26,12 +26,14 @@ def reads_past_end(cols: int) -> bool:
     return cols % _TILE_COLS != 0
 
 
-def empty_packed(rows: int, cols: int) -> Tensor:
-    """Words, int32, for a packed matrix of 16-bit values on the current device. rows, cols: multiples of 64."""
-    words = packed_numel(rows, cols) // 2
+def empty_packed(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Memory for a packed matrix of a dtype on the current device: words, int32; of 8-bit values int16. rows, cols:
+    multiples of 64."""
+    word = torch.int16 if dtype.itemsize == 1 else torch.int32
+    words = packed_numel(rows, cols, dtype) // 2
     if not reads_past_end(cols):
-        return _empty_strided_cuda((words,), (1,), torch.int32)  # type: ignore[no-any-return]
-    return _empty_strided_cuda((words + ROOM // 4,), (1,), torch.int32)[:words]  # type: ignore[no-any-return]
+        return _empty_strided_cuda((words,), (1,), word)  # type: ignore[no-any-return]
+    return _empty_strided_cuda((words + ROOM // word.itemsize,), (1,), word)[:words]  # type: ignore[no-any-return]
 
 
 def with_room(packed: Tensor) -> Tensor:

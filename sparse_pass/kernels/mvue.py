@@ -1,8 +1,9 @@
 """dY [M, N] -> MVUE(dY)^T, packed in the SM90 layout of cuSPARSELt, or MVUE(dY) as it is, in one read (Triton).
 
-The definition is `ops.reference.gradients`; the results are equal bit for bit, but for the payload of a NaN. Bytes
-moved for 16-bit dY: 2 read and 1.125 written an element (2 for the dense one). One program handles a 64x64 block of
-dY, one thread's tile is 4x4 as in `masks`: four groups, which take the four words of one philox call.
+Packed it is [Np, Mp], M and N rounded up to multiples of 64. The definition is `ops.reference.gradients`; the results
+are equal bit for bit, but for the payload of a NaN. Bytes moved for 16-bit dY: 2 read and 1.125 written an element (2
+for the dense one). One program handles a 64x64 block of dY, one thread's tile is 4x4 as in `masks`: four groups, which
+take the four words of one philox call.
 """
 
 # Triton reads the device functions, which mypy does not; it has no unpacking in tuples.
@@ -143,8 +144,8 @@ def _mvue_kernel(
     BOUNDED: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """out_ptr: if PACKED int32, two values a word, metadata after N * Mp / 4 words; else [M, N] of DTYPE.
-    sums_ptr: if SUMS float32 [Mp / 64, N]."""
+    """out_ptr: if PACKED int32, two values a word, metadata after Np * Mp / 4 words; else [M, N] of DTYPE.
+    sums_ptr: if SUMS float32 [Mp / 64, N], where N is a multiple of 64."""
     m = tl.program_id(1) * 64
     n = tl.program_id(0) * 64
     x = tiles.load(grad_ptr, m, n, M, N, stride_gm, stride_gn, BOUNDED)
@@ -170,7 +171,7 @@ def _mvue_kernel(
         rows = tl.arange(0, 64)[:, None]
         tl.store(values + rows * groups + tl.arange(0, 16)[None, :], block)
         codes = _nibbles(group0[1], group2[1]) | (_nibbles(group1[1], group3[1]) << 8)
-        metadata = out_ptr + N.to(tl.int64) * groups
+        metadata = out_ptr + tl.num_programs(0).to(tl.int64) * 64 * groups
         layout.store_metadata(metadata + ((n.to(tl.int64) * (groups * 4) + m * 64) >> 5), tl.trans(codes))
     else:
         for i in tl.static_range(4):
@@ -185,8 +186,7 @@ def _mvue_kernel(
 def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
     """Pack MVUE(grad)^T; `ops.reference.gradients.sparsify_mvue` defines the result.
 
-    grad: [M, N] float16 or bfloat16, M > 0, N a multiple of 64, any strides. seed: one int64. Both on the current
-    device.
+    grad: [M, N] float16 or bfloat16, M and N > 0, any strides. seed: one int64. Both on the current device.
     """
     packed = _empty(grad)
     _launch(grad, seed, packed, None, packed=True)
@@ -194,7 +194,7 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
 
 
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, and the sums of grad over 64 rows each, float32 [Mp / 64, N]."""
+    """The same of N a multiple of 64, and the sums of grad over 64 rows each, float32 [Mp / 64, N]."""
     rows, cols = grad.shape
     packed = _empty(grad)
     sums: Tensor = _empty_strided_cuda((triton.cdiv(rows, KERNEL_TILE), cols), (cols, 1), torch.float32)
@@ -203,7 +203,7 @@ def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
-    """The dense estimate [M, N]; `ops.reference.gradients.mvue24` defines it. As above, N any."""
+    """The dense estimate [M, N]; `ops.reference.gradients.mvue24` defines it. As above."""
     rows, cols = grad.shape
     estimate: Tensor = _empty_strided_cuda((rows, cols), (cols, 1), grad.dtype)
     _launch(grad, seed, estimate, None, packed=False)
@@ -212,7 +212,7 @@ def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
 
 def _empty(grad: Tensor) -> Tensor:
     rows, cols = grad.shape
-    return empty_packed(cols, padded(rows))
+    return empty_packed(padded(cols), padded(rows))
 
 
 def _launch(grad: Tensor, seed: Tensor, out: Tensor, sums: Tensor | None, *, packed: bool) -> None:

@@ -48,16 +48,19 @@ class Problem(NamedTuple):
 # Ids by the first two numbers of the library's version, dtype and form, the default first: those that were fastest for
 # some shape on an H200 with 0.8.0, benchmarks/results/kernels_algorithms*. An id means another kernel in another
 # version or dtype. Each was right alone for all shapes that were tried; trying all ids in one process has ended in an
-# illegal instruction. An id that nobody tried may do anything, so other versions keep algorithm 0.
+# illegal instruction. An id that nobody tried may do anything, so other versions keep algorithm 0. For "grad_input" the
+# library is asked for the same product as for "grad_weight", of other sizes: it has the ids of that.
 _IDS: dict[tuple[tuple[int, ...], torch.dtype, Form], tuple[int, ...]] = {
     ((0, 8), torch.bfloat16, "linear"): (17, 0, 4, 10, 12, 18, 20),
     ((0, 8), torch.bfloat16, "grad_weight"): (3, 0, 1, 2, 6),
     ((0, 8), torch.bfloat16, "input"): (1, 0, 17, 20),
     ((0, 8), torch.bfloat16, "input_grad_weight"): (1, 0, 17),
+    ((0, 8), torch.bfloat16, "grad_input"): (3, 0, 1, 2, 6),
     ((0, 8), torch.float16, "linear"): (6, 0, 1, 4, 5, 7, 13),
     ((0, 8), torch.float16, "grad_weight"): (0, 1, 2),
     ((0, 8), torch.float16, "input"): (0, 7, 11),
     ((0, 8), torch.float16, "input_grad_weight"): (11, 0, 5, 9),
+    ((0, 8), torch.float16, "grad_input"): (0, 1, 2),
 }
 
 

@@ -29,7 +29,7 @@ _WARPS = 4
 
 
 @triton.jit
-def _choose(x, GREEDY: tl.constexpr):
+def choose(x, GREEDY: tl.constexpr):
     if GREEDY:
         return masks.choose_greedy(x)
     else:
@@ -40,11 +40,20 @@ def _choose(x, GREEDY: tl.constexpr):
 
 
 @triton.jit
-def _zero_unkept(x, mask):
+def zero_unkept(x, mask):
     kept = (tl.where((mask & 1) != 0, x[0], 0.0),)
     for place in tl.static_range(1, 16):
         kept = kept + (tl.where((mask & (1 << place)) != 0, x[place], 0.0),)
     return kept
+
+
+@triton.jit
+def scaled(x, SCALE: tl.constexpr):
+    """In the dtype of the tensor that is read, as it is multiplied elsewhere."""
+    result = ((x[0].to(tl.float32) * SCALE).to(x[0].dtype),)
+    for place in tl.static_range(1, 16):
+        result = result + ((x[place].to(tl.float32) * SCALE).to(x[place].dtype),)
+    return result
 
 
 @triton.jit
@@ -79,6 +88,7 @@ def _sparsify_kernel(
     BOUNDED: tl.constexpr,
     PACK: tl.constexpr,
     PACK_T: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     """packed_ptr, packed_t_ptr: int32, two values a word, metadata after Np * K / 4 words; Np is N padded to 64."""
     n = tl.program_id(1) * 64
@@ -89,10 +99,12 @@ def _sparsify_kernel(
         x = x + _columns(w, gate, n, k, N, K, i, DTYPE, ACTIVATION, BOUNDED)
     if BOUNDED:
         N = tl.num_programs(1) * 64
-    mask = _choose(x, GREEDY)
+    mask = choose(x, GREEDY)
     if GREEDY:
-        x = _zero_unkept(x, mask)
+        x = zero_unkept(x, mask)
         mask = masks.fill(mask)
+    if SCALE != 1.0:
+        x = scaled(x, SCALE)
     R = tl.arange(0, 16)[:, None]
     C = tl.arange(0, 16)[None, :]
     metadata = (N.to(tl.int64) * K) >> 2
@@ -121,7 +133,7 @@ def _mask24_kernel(w_ptr, out_ptr, N, K, stride_wn, stride_wk, GREEDY: tl.conste
     n = tl.program_id(1) * 64
     k = tl.program_id(0) * 64
     x = tiles.load(w_ptr, n, k, N, K, stride_wn, stride_wk, True)
-    mask = _choose(x, GREEDY)
+    mask = choose(x, GREEDY)
     rows = 4 * tl.arange(0, 16)[:, None]
     cols = tl.arange(0, 16)[None, :]
     inside = (n + rows < N) & (k + 4 * cols < K)
@@ -132,22 +144,22 @@ def _mask24_kernel(w_ptr, out_ptr, N, K, stride_wn, stride_wk, GREEDY: tl.conste
         tl.store(out_ptr + (rows + i) * (K >> 2) + cols, flags, mask=inside)
 
 
-def sparsify(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pack S(W) and S(W)^T; `ops.reference.weights.sparsify` defines the result.
+def sparsify(weight: Tensor, mask: str, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Pack scale * S(W) and its transpose; `ops.reference.weights.sparsify` defines the result.
 
     weight: [N, K] float16, bfloat16 or float32, N and K multiples of 64, any strides, on the current device.
     dtype: float16 or bfloat16, of the packed values; the mask is chosen on `weight` as stored.
     """
     # Two allocations: a backward that keeps packed_t must not keep packed with it.
     packed, packed_t = _empty(weight, False), _empty(weight, True)
-    _launch(weight, None, "none", mask, dtype, (packed, packed_t))
+    _launch(weight, None, ("none", mask, dtype, scale), (packed, packed_t))
     return packed.view(dtype), packed_t.view(dtype)
 
 
-def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype) -> Tensor:
-    """Pack S(W), or S(W)^T, alone."""
+def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Pack one of the two alone."""
     packed = _empty(weight, transposed)
-    _launch(weight, None, "none", mask, dtype, (None, packed) if transposed else (packed, None))
+    _launch(weight, None, ("none", mask, dtype, scale), (None, packed) if transposed else (packed, None))
     return packed.view(dtype)
 
 
@@ -158,7 +170,7 @@ def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: st
     None if the activation has none.
     """
     packed, packed_t = _empty(input, False), _empty(input, True)
-    _launch(input, gate, activation, mask, input.dtype, (packed, packed_t))
+    _launch(input, gate, (activation, mask, input.dtype, 1.0), (packed, packed_t))
     return packed.view(input.dtype), packed_t.view(input.dtype)
 
 
@@ -170,12 +182,11 @@ def _empty(source: Tensor, transposed: bool) -> Tensor:
 def _launch(
     source: Tensor,
     gate: Tensor | None,
-    activation: str,
-    mask: str,
-    dtype: torch.dtype,
+    how: tuple[str, str, torch.dtype, float],
     results: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """results: of S and of its transpose; either may be None."""
+    """how: activation, mask, dtype and scale. results: of S and of its transpose; either may be None."""
+    activation, mask, dtype, scale = how
     rows, cols = source.shape
     packed, packed_t = results
     gate = source if gate is None else gate
@@ -193,6 +204,7 @@ def _launch(
             rows % KERNEL_TILE != 0,
             packed is not None,
             packed_t is not None,
+            scale,
         ),
         _WARPS,
     )

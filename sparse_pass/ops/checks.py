@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..vocabulary import KERNEL_DTYPES, KERNEL_TILE, MASKS, PRODUCTS, TILE, Form, packed_numel
+from ..vocabulary import FLOAT8, KERNEL_DTYPES, KERNEL_TILE, MASKS, PRODUCTS, TILE, Form, packed_numel
 from .reference import inputs
 
 
@@ -26,7 +26,29 @@ def input_mask24(input: Tensor, mask: str) -> None:
         )
 
 
-def sparsify(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> None:
+def sparsify_float8(weight: Tensor, scale: Tensor, mask: str, factor: float = 1.0) -> None:
+    sparsify(weight, mask, dtype=KERNEL_DTYPES[0])
+    round_float8(weight, scale)
+
+
+def float8_scale(tensor: Tensor, factor: float = 1.0) -> None:
+    if not _is_compared(tensor):
+        raise ValueError(f"a float8 scale is of float16, bfloat16, float32 or float64, not {tensor.dtype}")
+    if any(isinstance(size, int) and size == 0 for size in tensor.shape):
+        raise ValueError(f"an empty tensor {list(tensor.shape)} has no largest magnitude; leave it as it is")
+
+
+def round_float8(tensor: Tensor, scale: Tensor) -> None:
+    if not _is_compared(tensor):
+        raise ValueError(f"float16, bfloat16, float32 or float64 is rounded to float8, not {tensor.dtype}")
+    if scale.dtype != torch.float32 or scale.dim() != 0 or scale.device != tensor.device:
+        raise ValueError(
+            f"scale is {scale.dtype} {list(scale.shape)} on {scale.device}; it must be one float32 without dims on"
+            f" {tensor.device}, as float8_scale gives it"
+        )
+
+
+def sparsify(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None, scale: float = 1.0) -> None:
     mask24(weight, mask)
     _matrix(weight, KERNEL_TILE, "use the masked dense weight, weight * mask24(weight)")
     if weight.numel() == 0:
@@ -39,8 +61,10 @@ def sparsify(weight: Tensor, mask: str, *, dtype: torch.dtype | None = None) -> 
         )
 
 
-def sparsify_one(weight: Tensor, mask: str, transposed: bool, *, dtype: torch.dtype | None = None) -> None:
-    sparsify(weight, mask, dtype=dtype)
+def sparsify_one(
+    weight: Tensor, mask: str, transposed: bool, *, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> None:
+    sparsify(weight, mask, dtype=dtype, scale=scale)
 
 
 def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> None:
@@ -77,10 +101,19 @@ def mvue24(grad: Tensor, seed: Tensor) -> None:
 
 def sparsify_mvue(grad: Tensor, seed: Tensor) -> None:
     mvue24(grad, seed)
+    if grad.dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            f"grad is {grad.dtype} {list(grad.shape)}; to be packed it must be float16 or bfloat16: use mvue24, the "
+            "same as a dense tensor"
+        )
+
+
+def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> None:
+    mvue24(grad, seed)
     if not _packs(grad):
         raise ValueError(
-            f"grad is {grad.dtype} {list(grad.shape)}; to be packed it must be float16 or bfloat16 [M, N] with N a "
-            f"multiple of {KERNEL_TILE}: use mvue24, the same as a dense tensor"
+            f"grad is {grad.dtype} {list(grad.shape)}; to be packed and summed it must be float16 or bfloat16 [M, N] "
+            f"with N a multiple of {KERNEL_TILE}: use mvue24, the same as a dense tensor"
         )
 
 
@@ -89,11 +122,15 @@ def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | No
     spec, (what, count) = PRODUCTS[form], names
     name, _, letters = what.partition(" ")
     fits, k = False, 0
+    if dense.dtype == packed.dtype == FLOAT8 and form == "linear" and bias is None:
+        dtypes: tuple[torch.dtype, ...] = (FLOAT8,)
+    else:
+        dtypes = KERNEL_DTYPES
     if dense.dim() == 2 and packed.dim() == 1:
         _, k = spec.dense_shape(*dense.shape)
         # Rows are padded, and the others must be whole tiles.
         rows, cols = (n, k) if spec.rows == "n" else (k, n)
-        fits = cols % KERNEL_TILE == 0 and packed.numel() == packed_numel(rows, cols)
+        fits = cols % KERNEL_TILE == 0 and packed.numel() == packed_numel(rows, cols, packed.dtype)
         fits = fits and (spec.rows != "m" or rows % KERNEL_TILE == 0)
     if not fits:
         maker = {"weight": "sparsify", "grad_output": "sparsify_mvue", "input": "sparsify_input"}[spec.structured]
@@ -102,7 +139,7 @@ def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | No
             f"{letters} and packed what {maker} returns, 1-D of 9 / 16 of the elements of [{n}, {k or 'K'}] in whole "
             "tiles"
         )
-    if packed.dtype not in KERNEL_DTYPES or dense.dtype != packed.dtype:
+    if packed.dtype not in dtypes or dense.dtype != packed.dtype:
         raise ValueError(
             f"packed is {packed.dtype} and {name} {dense.dtype}; both must be float16 or both bfloat16: convert one, or"
             " pass dtype= to sparsify"

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..vocabulary import KERNEL_DTYPES, KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, padded
-from .reference import gradients, inputs, weights
+from ..vocabulary import FLOAT8, KERNEL_DTYPES, KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, padded
+from .reference import float8, gradients, inputs, weights
 
 if TYPE_CHECKING:
     from ..kernels.backends import Backend
@@ -70,22 +70,29 @@ def _has_triton(device: torch.device) -> bool:
 # Packed
 
 
-def sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     with _current(weight):
         backend = backend_of(weight.device, dtype or weight.dtype)
         if (pack := backend.packer("sparsify", weight.dtype)) is not None:
-            return pack(weight, mask, dtype or weight.dtype)  # type: ignore[no-any-return]
-        masked = _masked(weight, mask).to(dtype or weight.dtype)
+            return pack(weight, mask, dtype or weight.dtype, scale)  # type: ignore[no-any-return]
+        masked = (_masked(weight, mask) * scale).to(dtype or weight.dtype)
         return backend.pack(masked), backend.pack(masked.T)
 
 
-def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype | None = None) -> Tensor:
+def sparsify_one(
+    weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> Tensor:
     with _current(weight):
         backend = backend_of(weight.device, dtype or weight.dtype)
         if (pack := backend.packer("sparsify_one", weight.dtype)) is not None:
-            return pack(weight, mask, transposed, dtype or weight.dtype)  # type: ignore[no-any-return]
-        masked = _masked(weight, mask).to(dtype or weight.dtype)
+            return pack(weight, mask, transposed, dtype or weight.dtype, scale)  # type: ignore[no-any-return]
+        masked = (_masked(weight, mask) * scale).to(dtype or weight.dtype)
         return backend.pack(masked.T if transposed else masked)
+
+
+def sparsify_float8(weight: Tensor, scale: Tensor, mask: str, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    backend_of(weight.device, FLOAT8)  # says why there is none
+    return float8.sparsify(weight, scale, mask, factor)
 
 
 def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
@@ -100,7 +107,7 @@ def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: st
 
 
 def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
-    if grad.shape[0] == 0:
+    if grad.numel() == 0:
         return grad.new_empty(0)
     with _current(grad):
         backend = backend_of(grad.device, grad.dtype)
@@ -123,9 +130,9 @@ def _masked(matrix: Tensor, mask: str) -> Tensor:
 
 
 def _whole_tiles(matrix: Tensor) -> Tensor:
-    """With rows of zeros up to whole tiles."""
-    missing = -matrix.shape[0] % KERNEL_TILE
-    return F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
+    """With zeros below and on the right, up to whole tiles."""
+    below, right = (-size % KERNEL_TILE for size in matrix.shape)
+    return F.pad(matrix, (0, right, 0, below)) if below or right else matrix
 
 
 # Products

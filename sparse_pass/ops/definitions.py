@@ -1,19 +1,23 @@
 """All operators of the rewritten graphs, `torch.ops.sparse_pass.*`.
 
-Of weights W [N, K], inputs X [M, K] and gradients dY [M, N]; Mp is M rounded up to a multiple of 64:
+Of weights W [N, K], inputs X [M, K] and gradients dY [M, N]; Mp and Np are M and N rounded up to multiples of 64:
 
     mask24            W -> bool [N, K]                   input_mask24       X [..., K] -> bool [..., K]
     mvue24            dY -> MVUE(dY) [M, N], dense
-    sparsify          W -> S(W) [N, K] and S(W)^T [K, N], packed
-    sparsify_one      W -> one of the two
+    float8_scale      T -> its scale, a power of two: float32, no dims
+    quantize_float8   T, scale -> q(T), float8     round_float8   the same, back in the dtype of T
+    sparsify          W -> scale S(W) [N, K] and its transpose [K, N], packed
+    sparsify_one      W -> one of the two          sparsify_float8   W, scale -> S(q(W)) and its transpose, packed
     sparsify_input    X -> S(x) [Mp, K] and S(x)^T [K, Mp], packed       x = activation(X), or of X and a gate
-    sparsify_mvue     dY -> MVUE(dY)^T [N, Mp], packed
+    sparsify_mvue     dY -> MVUE(dY)^T [Np, Mp], packed
     sparsify_mvue_sum the same, and sums of dY over 64 rows each, float32 [Mp / 64, N], for the gradient of a bias
     linear            X, S(W) -> X S(W)^T + b [M, N]     grad_weight        MVUE(dY)^T, X -> MVUE(dY)^T X [N, K]
     input_linear      S(x), W -> S(x) W^T [M, N]         input_grad_weight  S(x)^T, dY -> dY^T S(x) [N, K]
+    grad_input        MVUE(dY^T)^T, W -> MVUE(dY^T)^T W [M, K]
 
-MVUE keeps two of every four along M, at random, right in expectation (`reference.gradients`); its seed, an int64 tensor
-of one element on the device of dY, decides all that is random. All are functional and take any strides. They have no
+MVUE keeps two of every four along its first dim, at random, right in expectation (`reference.gradients`): of dY along
+M, over which grad_weight contracts, of dY^T along N, over which grad_input does. Its seed, an int64 tensor of one
+element on the device of dY, decides all that is random. All are functional and take any strides. They have no
 derivative: the pass rewrites graphs that already hold their backward. The CPU kernels are the reference and use the
 byte layout of the GPU kernels (`reference.weights.pack`).
 """
@@ -23,10 +27,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..vocabulary import KERNEL_TILE, PRODUCTS, Form, packed_numel, padded
+from ..vocabulary import FLOAT8, FLOAT8_OUTPUT, KERNEL_TILE, PRODUCTS, Form, packed_numel, padded
 from . import checks, cuda
 from .define import Kernels, define
-from .reference import gradients, inputs, weights
+from .reference import float8, gradients, inputs, weights
 from .reference.products import product
 from .shards import is_sharded, mask_of_shards
 
@@ -49,7 +53,8 @@ def mask24(weight: Tensor, mask: str = "optimal") -> Tensor:
 
 
 def _packed(source: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return source.new_empty(packed_numel(*source.shape), dtype=dtype)
+    rows, cols = source.shape
+    return source.new_empty(packed_numel(rows, cols, dtype or source.dtype), dtype=dtype)
 
 
 def _sums(grad: Tensor) -> Tensor:
@@ -83,21 +88,53 @@ MVUE24 = define(
     cuda=cuda.mvue24,
 )
 
+# Float8
+
+FLOAT8_SCALE = define(
+    "float8_scale(Tensor tensor, float factor=1.0) -> Tensor",
+    check=checks.float8_scale,
+    fake=lambda tensor, factor=1.0: tensor.new_empty([], dtype=torch.float32),
+    cpu=float8.scale,
+    cuda=float8.scale,
+)
+ROUND_FLOAT8 = define(
+    "round_float8(Tensor tensor, Tensor scale) -> Tensor",
+    check=checks.round_float8,
+    fake=lambda tensor, scale: torch.empty_like(tensor),
+    cpu=float8.rounded,
+    cuda=float8.rounded,
+)
+
+QUANTIZE_FLOAT8 = define(
+    "quantize_float8(Tensor tensor, Tensor scale) -> Tensor",
+    check=checks.round_float8,
+    fake=lambda tensor, scale: torch.empty_like(tensor, dtype=FLOAT8),
+    cpu=float8.quantize,
+    cuda=float8.quantize,
+)
+
 # Packed
 
 SPARSIFY = define(
-    "sparsify(Tensor weight, str mask, *, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    "sparsify(Tensor weight, str mask, *, ScalarType? dtype=None, float scale=1.0) -> (Tensor, Tensor)",
     check=checks.sparsify,
-    fake=lambda weight, mask, dtype=None: (_packed(weight, dtype), _packed(weight, dtype)),
+    fake=lambda weight, mask, dtype=None, scale=1.0: (_packed(weight, dtype), _packed(weight, dtype)),
     cpu=weights.sparsify,
     cuda=cuda.sparsify,
 )
 SPARSIFY_ONE = define(
-    "sparsify_one(Tensor weight, str mask, bool transposed, *, ScalarType? dtype=None) -> Tensor",
+    "sparsify_one(Tensor weight, str mask, bool transposed, *, ScalarType? dtype=None, float scale=1.0) -> Tensor",
     check=checks.sparsify_one,
-    fake=lambda weight, mask, transposed, dtype=None: _packed(weight, dtype),
+    fake=lambda weight, mask, transposed, dtype=None, scale=1.0: _packed(weight, dtype),
     cpu=weights.sparsify_one,
     cuda=cuda.sparsify_one,
+)
+SPARSIFY_FLOAT8 = define(
+    "sparsify_float8(Tensor weight, Tensor scale, str mask, float factor=1.0) -> (Tensor, Tensor)",
+    check=checks.sparsify_float8,
+    fake=lambda weight, scale, mask, factor=1.0: (_packed(weight, FLOAT8), _packed(weight, FLOAT8)),
+    cpu=float8.sparsify,
+    cuda=cuda.sparsify_float8,
 )
 SPARSIFY_INPUT = define(
     "sparsify_input(Tensor input, Tensor? gate, str mask, str activation) -> (Tensor, Tensor)",
@@ -109,13 +146,13 @@ SPARSIFY_INPUT = define(
 SPARSIFY_MVUE = define(
     "sparsify_mvue(Tensor grad, Tensor seed) -> Tensor",
     check=checks.sparsify_mvue,
-    fake=lambda grad, seed: _packed(grad),
+    fake=lambda grad, seed: grad.new_empty(packed_numel(grad.shape[0], padded(grad.shape[1]))),
     cpu=gradients.sparsify_mvue,
     cuda=cuda.sparsify_mvue,
 )
 SPARSIFY_MVUE_SUM = define(
     "sparsify_mvue_sum(Tensor grad, Tensor seed) -> (Tensor, Tensor)",
-    check=checks.sparsify_mvue,
+    check=checks.sparsify_mvue_sum,
     fake=lambda grad, seed: (_packed(grad), _sums(grad)),
     cpu=gradients.sparsify_mvue_sum,
     cuda=cuda.sparsify_mvue_sum,
@@ -133,7 +170,9 @@ def _define_product(form: Form, arguments: str, names: tuple[str, str]) -> Kerne
 
     def fake(*args: Tensor, tuned: bool = False) -> Tensor:
         dense, _, n, _ = spec.operands(*args)
-        return dense.new_empty(spec.output_shape(spec.dense_shape(*dense.shape)[0], n))  # type: ignore[no-any-return]
+        dtype = FLOAT8_OUTPUT if dense.dtype == FLOAT8 else dense.dtype
+        shape = spec.output_shape(spec.dense_shape(*dense.shape)[0], n)
+        return dense.new_empty(shape, dtype=dtype)  # type: ignore[no-any-return]
 
     def cpu(*args: Tensor, tuned: bool = False) -> Tensor:
         return product(form, *spec.operands(*args))
@@ -157,3 +196,4 @@ INPUT_GRAD_WEIGHT = _define_product(
     "Tensor packed_t, Tensor grad_output, SymInt in_features",
     ("grad_output [M, N]", "in_features"),
 )
+GRAD_INPUT = _define_product("grad_input", "Tensor packed, Tensor weight, SymInt rows", ("weight [N, K]", "rows"))

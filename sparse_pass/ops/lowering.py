@@ -17,7 +17,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 
-from ..vocabulary import KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, packed_numel, padded
+from ..vocabulary import KERNEL_DTYPES, KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, packed_numel, padded
 from . import cuda
 from . import definitions as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
 
@@ -130,7 +130,9 @@ def _lower_product(form: Form) -> Callable[..., Any]:
         dense, packed, n, bias = spec.operands(*args)
         m, k = spec.dense_shape(*dense.get_size())
         sizes = {"m": m, "n": n, "k": k}
-        kernel = _kernel(f"{spec.op}_into", dense.get_device(), dense.get_dtype())
+        kernel = None
+        if dense.get_dtype() in KERNEL_DTYPES:
+            kernel = _kernel(f"{spec.op}_into", dense.get_device(), dense.get_dtype())
         rows = _up_to(sizes[spec.rows], spec.multiple)
         if kernel is None or rows is None or not (spec.rows == "m" or _is_multiple(m, ROW_MULTIPLE)):
             return _call_op(op, *args, tuned=tuned)
@@ -145,13 +147,13 @@ def _lower_product(form: Form) -> Callable[..., Any]:
 
 def _lower_packer(name: str, count: int) -> Callable[..., Any]:
     op = getattr(_sparse_ops, name).default
-    has_dtype = any(argument.name == "dtype" for argument in op._schema.arguments)
+    is_weight = any(argument.name == "dtype" for argument in op._schema.arguments)
 
     def lower(source: Any, *rest: Any, **kwargs: Any) -> Any:
         device, dtype = source.get_device(), kwargs.get("dtype") or source.get_dtype()
         kernel = _kernel(name, device, dtype)
-        rows, cols = _up_to(source.get_size()[0], KERNEL_TILE), source.get_size()[1]
-        if kernel is None or rows is None or source.get_dtype() == torch.float64:
+        rows, cols = (_up_to(size, KERNEL_TILE) for size in source.get_size())
+        if kernel is None or rows is None or cols is None or source.get_dtype() == torch.float64:
             return _call_op(op, source, *rest, **kwargs)
         layouts = [ir.FixedLayout(device, dtype, [packed_numel(rows, cols)], [1]) for _ in range(count)]
         if name == "sparsify_mvue_sum":
@@ -159,7 +161,9 @@ def _lower_packer(name: str, count: int) -> Callable[..., Any]:
         # Tensors come first, and None in the place of one among the constants.
         inputs = [_stride1(x) for x in (source, *rest) if isinstance(x, ir.IRNode)]
         constants = [x for x in rest if not isinstance(x, ir.IRNode)]
-        return _making(kernel, layouts, inputs, [*constants, dtype] if has_dtype else constants)
+        if is_weight:
+            constants += [dtype, kwargs.get("scale", 1.0)]
+        return _making(kernel, layouts, inputs, constants)
 
     return lower
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..config import ActivationSparsity, WeightSparsity, input_scheme, weight_scheme
+from ..config import ActivationSparsity, GradientSparsity, WeightSparsity, gradient_scheme, input_scheme, weight_scheme
 from ..graph.gemms import GemmName, Linear, Role
 from .limits import AskLimits, Limits
-from .table import structured_operands
+from .table import estimated, structured_operands
 from .values import Named
 
 
@@ -19,7 +19,10 @@ class Call:
     linear: Linear
     weight: WeightSparsity | None
     input: ActivationSparsity | None
+    gradient: WeightSparsity | GradientSparsity | None
     structured: Mapping[GemmName, Role | None]
+    estimated: Mapping[GemmName, str]
+    """The estimator of grad_output, by the GEMM that reads it."""
     limits: Limits
 
     @property
@@ -32,5 +35,12 @@ def call_of(named: Named, limits: AskLimits) -> Call:
     """The call as the parts of the plan see it."""
     linear, scheme = named.linear, named.scheme
     device, dtype = linear.weight.meta["val"].device, linear.output.operand.meta["val"].dtype
-    structured = structured_operands(scheme)
-    return Call(linear, weight_scheme(scheme), input_scheme(scheme), structured, limits(device, dtype))
+    return Call(
+        linear=linear,
+        weight=weight_scheme(scheme),
+        input=input_scheme(scheme),
+        gradient=gradient_scheme(scheme),
+        structured=structured_operands(scheme),
+        estimated=estimated(scheme),
+        limits=limits(device, dtype),
+    )

@@ -1,18 +1,21 @@
-"""Decide for the 2:4 estimates of grad_output: each call draws one of its own."""
+"""Decide for the 2:4 estimates of grad_output: each GEMM that reads one draws one of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from torch.fx import Node
 
-from ..config import WeightSparsity
-from ..graph.gemms import GradWeightGemm, aten, is_flip, operand_of
+from ..config import GradientSparsity, WeightSparsity
+from ..graph.backward import grad_input_gemm
+from ..graph.gemms import GradientGemm, Role, aten, is_flip, operand_of
 from .calls import Call
 from .costs import Costs, Preparation, Product, why_slower
-from .legal import why_dense_gradient, why_not_sparse_gradient
-from .table import ESTIMATORS, Estimator
+from .legal import why_dense_grad_input, why_dense_gradient, why_not_sparse_gradient
+from .table import ESTIMATORS
 from .values import Gemm, GemmPlan, Packed, Part, Prepared, Reason
+
+_NO_GRADIENT = Reason(None, "the graph computes no gradient that the scheme changes")
 
 
 def plan_gradients(calls: Sequence[Call], costs: Costs | None) -> Mapping[Call, Part]:
@@ -20,53 +23,83 @@ def plan_gradients(calls: Sequence[Call], costs: Costs | None) -> Mapping[Call, 
     parts: dict[Call, Part] = {}
     summed: set[Node] = set()  # of a grad_output that several linears have, the first one sums
     for call in calls:
-        if call.weight is None or call.structured["grad_weight"] != "grad_output" or not call.linear.has_gradient:
+        if call.gradient is None or not call.estimated:
             continue
-        if (made := call.linear.grad_weight) is None:
-            parts[call] = Part(reasons=tuple(filter(None, [why_dense_gradient(call.linear)])))
-            continue
-        part = _plan_gradient(call, call.weight, made, costs, summed)
-        summed.update(part.prepared.sums if part.prepared is not None else ())
-        parts[call] = part
+        plans = []
+        for made in _gemms(call):
+            plans.append(_plan_gradient(call, call.gradient, made, costs, summed))
+            summed.update(plans[-1].prepared.sums)
+        declined = tuple(_declined(call))
+        reasons = (*declined, *(plan.reason for plan in plans if plan.reason is not None))
+        if not plans and not declined and call.weight is None and call.input is None:
+            reasons = (_NO_GRADIENT,)
+        parts[call] = Part(gemms=tuple(plans), reasons=reasons)
     return parts
 
 
+def _gemms(call: Call) -> Iterator[GradientGemm]:
+    """The GEMMs that are to read an estimate, where they are single matmuls."""
+    linear = call.linear
+    if "grad_input" in call.estimated:
+        yield from filter(None, (grad_input_gemm(linear, use) for use in linear.grad_input))
+    if "grad_weight" in call.estimated and linear.grad_weight is not None:
+        yield linear.grad_weight
+
+
+def _declined(call: Call) -> Iterator[Reason]:
+    """Why others stay dense."""
+    if "grad_input" in call.estimated and (reason := why_dense_grad_input(call.linear)):
+        yield reason
+    if "grad_weight" in call.estimated and call.linear.has_gradient and (reason := why_dense_gradient(call.linear)):
+        yield reason
+
+
 def _plan_gradient(
-    call: Call, scheme: WeightSparsity, made: GradWeightGemm, costs: Costs | None, summed: Set[Node]
-) -> Part:
-    estimator = ESTIMATORS[scheme.grad_weight]
+    call: Call,
+    scheme: WeightSparsity | GradientSparsity,
+    made: GradientGemm,
+    costs: Costs | None,
+    summed: Set[Node],
+) -> GemmPlan:
+    name = call.estimated[made.name]
     value, operand = made.gemm.meta["val"], operand_of(made.gemm, made.place)
-    text, measured = why_not_sparse_gradient(made, scheme, estimator, call.limits), False
+    text, measured = why_not_sparse_gradient(made, name, scheme, call.limits), False
     if text is None and costs is not None and scheme.backend == "auto":
-        text = _why_slower(made, estimator, costs)
+        text = _why_slower(made, name, costs)
         measured = text is not None
-    gemm = Gemm("grad_weight", made.gemm, {"grad_output": made.place, "input": 1 - made.place})
+    other: Role = "weight" if made.name == "grad_input" else "input"
+    gemm = Gemm(made.name, made.gemm, {"grad_output": made.place, other: 1 - made.place})
     if text is not None:
-        reason = Reason("grad_weight", text, measured)
-        prepared = Prepared("grad_output", operand, scheme.grad_weight, made.gemm, dense=True)
-        plan = GemmPlan(gemm, prepared, None, "masked_dense", False, reason)
-        return Part(prepared, (plan,), reasons=(reason,))
-    sums: tuple[Node, ...] = ()
-    if estimator.packed_and_sum:
-        # The gradient of the bias, where the graph sums grad_output for it afterwards.
-        grad_output = operand_of(operand, 0) if made.place == 0 and is_flip(operand) else operand
-        after = [node for node in grad_output.users if _is_bias_gradient(node) and node > made.gemm]
-        sums = tuple(node for node in after if node not in summed) if made.place == 1 or is_flip(operand) else ()
+        prepared = Prepared("grad_output", operand, name, made.gemm, dense=True)
+        return GemmPlan(gemm, prepared, None, "masked_dense", False, Reason(made.name, text, measured))
     packed = Packed(value.dtype, True, made.gemm, together=False)
-    prepared = Prepared("grad_output", operand, scheme.grad_weight, made.gemm, packed=(packed,), sums=sums)
-    plan = GemmPlan(gemm, prepared, packed, call.kernel, tuned=costs is not None and value.is_cuda)
-    return Part(prepared, (plan,))
+    sums = _sums(made, summed) if ESTIMATORS[name].packed_and_sum else ()
+    prepared = Prepared("grad_output", operand, name, made.gemm, packed=(packed,), sums=sums)
+    return GemmPlan(gemm, prepared, packed, call.kernel, tuned=costs is not None and value.is_cuda)
 
 
-def _why_slower(made: GradWeightGemm, estimator: Estimator, costs: Costs) -> str | None:
+def _why_slower(made: GradientGemm, name: str, costs: Costs) -> str | None:
     value = made.gemm.meta["val"]
-    n, k = value.shape[made.place], value.shape[1 - made.place]
-    m = operand_of(made.gemm, made.place).meta["val"].numel() // n
-    product = Product(form="grad_weight", device=value.device, dtype=value.dtype, m=m, n=n, k=k)
+    m, n, k = made.shape
+    product = Product(form=made.name, device=value.device, dtype=value.dtype, m=m, n=n, k=k)
     preparation = Preparation(
-        operand=estimator.measured_as, device=value.device, shape=(m, n), stored=value.dtype, dtype=value.dtype
+        operand=ESTIMATORS[name].measured_as.get(made.name, ""),
+        device=value.device,
+        shape=(m, n),
+        stored=value.dtype,
+        dtype=value.dtype,
     )
     return why_slower(costs, "grad_output", [product], preparation)
+
+
+def _sums(made: GradientGemm, summed: Set[Node]) -> tuple[Node, ...]:
+    """The gradients of biases that are sums over the rows of grad_output, where the graph sums them afterwards."""
+    operand = operand_of(made.gemm, made.place)
+    if made.name != "grad_weight" or (made.place == 0 and not is_flip(operand)):
+        return ()
+    grad_output = operand_of(operand, 0) if made.place == 0 else operand
+    after = [node for node in grad_output.users if _is_bias_gradient(node) and node > made.gemm]
+    return tuple(node for node in after if node not in summed)
 
 
 def _is_bias_gradient(node: Node) -> bool:

@@ -52,6 +52,7 @@ def without_halves(linears: Sequence[Linear], chosen: Sequence[Named], eager_bac
             linear,
             half=half,
             grad_input=(*linear.grad_input, *given),
+            stray=() if alike else linear.stray,
             whole_gradient=linear.whole_gradient and alike,
         )
         whole.append(replace(named, linear=changed))

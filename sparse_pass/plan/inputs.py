@@ -10,7 +10,7 @@ from torch.fx import Node
 from ..config import ActivationSparsity
 from ..graph.activation_functions import ActivationFunction, activation_of
 from ..graph.gemms import Linear, Role, made_by, weight_place
-from ..graph.inputs import Input, InputRead, gradient_of, input_of, input_reads
+from ..graph.inputs import Input, OperandRead, gradient_of, input_of, input_reads
 from .calls import Call
 from .costs import Costs, Preparation, Product, why_slower
 from .legal import why_dense_gradient, why_not_sparse_input
@@ -54,7 +54,7 @@ def _read(call: Call, scheme: ActivationSparsity, input: Input) -> _Read:
     linear = call.linear
     output = linear.output.gemm
     places: dict[Role, int] = {"input": input.place, "weight": weight_place(linear.output)}
-    read = InputRead(output, input.place, len(input.chain))
+    read = OperandRead(output, input.place, len(input.chain))
     gemms = [Gemm("output", output, places, input_reads=(read,))]
     text = why_not_sparse_input(linear, input, scheme, call.limits)
     reason = None if text is None else Reason(None, text)

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import torch
 
-from ..config import ActivationSparsity, Scheme, WeightSparsity, input_scheme, weight_scheme
-from ..graph.gemms import GradWeightGemm, Linear, Use, aten, is_flip, made_by
+from ..config import (
+    ActivationSparsity,
+    GradientSparsity,
+    Scheme,
+    Single,
+    WeightSparsity,
+    input_scheme,
+    weight_scheme,
+)
+from ..graph.backward import grad_input_gemm
+from ..graph.gemms import GradientGemm, Linear, Use, aten, is_flip, made_by
 from ..graph.inputs import Input, input_of
 from ..vocabulary import GRAD_TILE, KERNEL_DTYPES, KERNEL_TILE, MIN_CAPABILITY, TILE
+from .float8 import why_no_float8
 from .limits import Limits
-from .table import Estimator
+from .table import ESTIMATORS
 from .values import Reason
 
 _KEEPS = frozenset(
@@ -40,7 +50,7 @@ def why_skipped(linear: Linear, scheme: Scheme) -> str | None:
     reason = None
     if weight_scheme(scheme) is not None:
         split = linear.sharding.why_tiles_are_split() if linear.sharding is not None else None
-        reason = split or why_shape_skipped(weight.shape)
+        reason = split or why_shape_skipped(weight.shape) or why_no_float8(linear, scheme)
     if input_scheme(scheme) is not None:
         reason = reason or _why_input_skipped(linear)
     return reason
@@ -85,6 +95,8 @@ def why_not_sparse(use: Use, linear: Linear, scheme: WeightSparsity, limits: Lim
         return "the GEMM reads what the graph computes from the weight"
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
+    if scheme.precision == "float8" and (limits.device == "cuda" or scheme.backend != "cusparselt"):
+        return "float8 has no 2:4 kernels yet: the same numbers are multiplied in the captured precision"
     return _why_no_device(scheme, limits) or _why_no_call(use) or _why_no_kernel(use, linear)
 
 
@@ -99,21 +111,32 @@ def why_dense_gradient(linear: Linear) -> Reason | None:
     return Reason("grad_weight", text)
 
 
+def why_dense_grad_input(linear: Linear) -> Reason | None:
+    """Why grad_input, or one GEMM of it, cannot be computed from a 2:4 grad_output at all, on any device."""
+    if linear.stray:
+        return Reason("grad_input", f"{linear.unplaced_grad_input}; left dense")
+    for use in linear.grad_input:
+        if grad_input_gemm(linear, use) is None:
+            text = f"the graph has it as {use.gemm.target}, not as one matmul of grad_output and weight; left dense"
+            return Reason("grad_input", text)
+    return None
+
+
 def why_not_sparse_gradient(
-    grad_weight: GradWeightGemm, scheme: WeightSparsity, estimator: Estimator, limits: Limits
+    made: GradientGemm, name: str, scheme: WeightSparsity | GradientSparsity, limits: Limits
 ) -> str | None:
     """Why the GEMM of a 2:4 grad_output gets no sparse kernel. It is computed with the same numbers, dense."""
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
     if reason := _why_no_device(scheme, limits):
         return reason
-    if not estimator.packed:
-        return f"grad_weight={scheme.grad_weight!r} has no 2:4 kernel"
-    value = grad_weight.gemm.meta["val"]
-    if reason := _why_no_dtype(value.dtype):
+    if not ESTIMATORS[name].packed:
+        return f"{made.name}={name!r} has no 2:4 kernel"
+    if reason := _why_no_dtype(made.gemm.meta["val"].dtype):
         return reason
-    n, k = value.shape if grad_weight.place == 0 else reversed(value.shape)
-    if n % KERNEL_TILE or k % GRAD_TILE:
+    _, n, k = made.shape
+    # Weights that are inputs of the graph may have symbolic sizes.
+    if not isinstance(n, int) or not isinstance(k, int) or n % KERNEL_TILE or k % GRAD_TILE:
         return f"N and K are {n} and {k}: a 2:4 gradient needs multiples of {KERNEL_TILE} and {GRAD_TILE}"
     return None
 
@@ -138,7 +161,7 @@ def _why_no_dtype(dtype: torch.dtype) -> str | None:
     return None
 
 
-def _why_no_device(scheme: WeightSparsity | ActivationSparsity, limits: Limits) -> str | None:
+def _why_no_device(scheme: Single, limits: Limits) -> str | None:
     if limits.device == "cpu" and scheme.backend == "cusparselt":
         return None  # the reference kernels
     if limits.device != "cuda" or limits.capability is None:

@@ -9,8 +9,8 @@ from ..fqn import Pattern, choose
 from ..graph.find import OtherWeight
 from ..graph.gemms import Linear
 from .inputs import why_no_masked_grad_weight, why_no_masked_gradient
-from .legal import why_dense_gradient, why_dims_skipped, why_skipped
-from .table import structured_operands
+from .legal import why_dense_grad_input, why_dense_gradient, why_dims_skipped, why_skipped
+from .table import estimated, structured_operands
 from .values import Named, OtherPlan, Reason
 
 
@@ -57,9 +57,10 @@ def _why_refused(linear: Linear, scheme: Scheme, strict: bool) -> Reason | None:
             return Reason("grad_weight", "the gradient of the weight has other parts; left as captured")
     if input is not None and input.grad_input == "masked" and (reason := why_no_masked_gradient(linear)):
         return reason
-    if strict and linear.has_gradient and structured_operands(scheme)["grad_weight"] == "grad_output":
-        return why_dense_gradient(linear)
-    return None
+    estimates = estimated(scheme) if strict else {}
+    if "grad_input" in estimates and (reason := why_dense_grad_input(linear)):
+        return reason
+    return why_dense_gradient(linear) if "grad_weight" in estimates and linear.has_gradient else None
 
 
 def plan_others(others: Sequence[OtherWeight], patterns: Sequence[Pattern], strict: bool) -> tuple[OtherPlan, ...]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from ..config import Scheme
+from ..config import Precision, Scheme
 from ..fqn import Pattern
 from ..graph.activation_functions import ActivationFunction
 from ..graph.find import OtherWeight
 from ..graph.gemms import GemmName, Linear, Role, Use
-from ..graph.inputs import InputRead
+from ..graph.inputs import OperandRead
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,10 @@ class Gemm:
     """Operand index by role, where they are known."""
     weight_read: Use | None = None
     """How it reads the weight, if it does."""
-    input_reads: tuple[InputRead, ...] = ()
+    input_reads: tuple[OperandRead, ...] = ()
     """How it reads the input, if that is to be 2:4."""
+    dense_read: OperandRead | None = None
+    """How it reads the operand that it multiplies by the weight, if that is to be rounded to float8."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +84,10 @@ class Prepared:
     """The mask of a weight or an input; the estimator of grad_output."""
     before: Node
     """The first GEMM, or op that computes something from a weight, that reads it: all is made before that."""
+    scale: float = 1.0
+    """Of a weight: a factor of the 2:4 one."""
+    precision: Precision = "captured"
+    """Of a weight: whether the 2:4 one is rounded to float8."""
     mask: bool = False
     dense: bool = False
     packed: tuple[Packed, ...] = ()
@@ -93,6 +99,14 @@ class Prepared:
     """Of an input: the function that the kernel computes while it packs."""
     sums: tuple[Node, ...] = ()
     """Of a grad_output: sums of it for the gradient of a bias, which the kernel gives on the way."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    """A dense operand that is rounded to float8, once for all GEMMs of the graph that read it."""
+
+    before: Node
+    """The first of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +123,8 @@ class GemmPlan:
     """Whether the sparse kernel may be the one that measures fastest."""
     reason: Reason | None = None
     """Why it is not sparse."""
+    rounded: Rounded | None = None
+    """The operand beside the structured one, if it is rounded to float8: the one that `Gemm.dense_read` reads."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

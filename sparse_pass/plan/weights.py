@@ -10,10 +10,13 @@ from torch.fx import Node
 
 from ..config import WeightSparsity
 from ..graph.gemms import GemmName, Linear, Use, aten, reads_rows
+from ..graph.inputs import OperandRead
+from ..vocabulary import FLOAT8
 from .calls import Call
 from .costs import Costs, Preparation, Product, why_slower
+from .float8 import rounded_operands, why_not_rounded
 from .legal import why_not_sparse
-from .values import Gemm, GemmPlan, MaskedGradients, Packed, Part, Prepared, Reason
+from .values import Gemm, GemmPlan, MaskedGradients, Packed, Part, Prepared, Reason, Rounded
 
 _MANY_ROWS = 8192
 """Times the bytes of an element of the weight, which the second kernel reads again: from so many rows on."""
@@ -29,6 +32,8 @@ class _Read:
     use: Use
     reason: Reason | None
     """Why it is not sparse."""
+    rounded: Rounded | None
+    """Its other operand, if that is in float8."""
 
     def without_kernel(self, text: str, *, measured: bool = False) -> _Read:
         return replace(self, reason=Reason(None if self.gemm.name == "output" else self.gemm.name, text, measured))
@@ -52,20 +57,28 @@ class _Read:
             bias=self.use.gemm.target is aten.addmm.default,
         )  # fmt: skip
 
+    @property
+    def packed_dtype(self) -> torch.dtype:
+        """Of the packed weight that it reads."""
+        return FLOAT8 if self.scheme.precision == "float8" else self.dtype
+
     def plan(self, prepared: Prepared, *, tuned: bool) -> GemmPlan:
         if self.reason is not None:
-            return GemmPlan(self.gemm, prepared, None, "masked_dense", False, self.reason)
-        packed = next(p for p in prepared.packed if (p.dtype, p.transposed) == (self.dtype, self.transposed))
-        return GemmPlan(self.gemm, prepared, packed, self.call.kernel, tuned and self.use.gemm.meta["val"].is_cuda)
+            return GemmPlan(self.gemm, prepared, None, "masked_dense", False, self.reason, self.rounded)
+        packed = next(p for p in prepared.packed if (p.dtype, p.transposed) == (self.packed_dtype, self.transposed))
+        tuned = tuned and self.use.gemm.meta["val"].is_cuda
+        return GemmPlan(self.gemm, prepared, packed, self.call.kernel, tuned, rounded=self.rounded)
 
 
 def plan_weights(calls: Sequence[Call], costs: Costs | None) -> Mapping[Call, Part]:
     """What a 2:4 weight means for each call whose scheme has one."""
-    groups: dict[tuple[Node, str], list[tuple[Call, WeightSparsity]]] = {}
+    rounded = rounded_operands(calls)
+    groups: dict[tuple[object, ...], list[tuple[Call, WeightSparsity]]] = {}
     decaying: dict[Node, Call] = {}  # which call adds the decay of a weight
     for call in calls:
         if call.weight is not None:
-            groups.setdefault((call.linear.weight, call.weight.mask), []).append((call, call.weight))
+            key = call.linear.weight, call.weight.mask, call.weight.factor, call.weight.precision
+            groups.setdefault(key, []).append((call, call.weight))
             if call.weight.decay > 0 and call.linear.grad_output is not None:
                 decaying.setdefault(call.linear.weight, call)
     parts: dict[Call, Part] = {}
@@ -75,7 +88,8 @@ def plan_weights(calls: Sequence[Call], costs: Costs | None) -> Mapping[Call, Pa
             call: _masked_gradients(call.linear, scheme, first=call is first, decays=call in decaying.values())
             for call, scheme in several
         }
-        parts.update(_plan_weight(several, masked, costs))
+        reads = [read for call, scheme in several for read in _reads(call, scheme, rounded)]
+        parts.update(_plan_weight(several, reads, masked, costs))
     return parts
 
 
@@ -95,11 +109,13 @@ def _masked_gradients(linear: Linear, scheme: WeightSparsity, *, first: bool, de
 
 
 def _plan_weight(
-    calls: Sequence[tuple[Call, WeightSparsity]], masked: Mapping[Call, MaskedGradients | None], costs: Costs | None
+    calls: Sequence[tuple[Call, WeightSparsity]],
+    reads: Sequence[_Read],
+    masked: Mapping[Call, MaskedGradients | None],
+    costs: Costs | None,
 ) -> dict[Call, Part]:
     """Of all calls of one weight that mask it alike."""
-    weight = calls[0][0].linear.weight
-    reads = [read for call, scheme in calls for read in _reads(call, scheme)]
+    weight, scheme = calls[0][0].linear.weight, calls[0][1]
     for dtype in dict.fromkeys(one.dtype for one in reads):
         sparse = [one for one in reads if one.dtype == dtype and one.reason is None]
         if text := _why_slower(weight, sparse, costs):
@@ -114,20 +130,21 @@ def _plan_weight(
     mask = dense or any(one is not None for one in masked.values())
     packed = tuple(_packed(weight, [one for one in reads if one.reason is None], before))
     prepared = Prepared(
-        "weight", weight, calls[0][1].mask, before, mask=mask, dense=dense, packed=packed, readers=readers
-    )
+        "weight", weight, scheme.mask, before,
+        scale=scheme.factor, precision=scheme.precision, mask=mask, dense=dense, packed=packed, readers=readers,
+    )  # fmt: skip
     return {
         call: Part(
             gemms=tuple(one.plan(prepared, tuned=costs is not None) for one in reads if one.call is call),
             prepared=prepared,
             masked=masked[call],
-            reasons=_told(call.linear, [one for one in reads if one.call is call]),
+            reasons=(*_told(call.linear, [one for one in reads if one.call is call]), *why_not_rounded(call)),
         )
         for call, _ in calls
     }
 
 
-def _reads(call: Call, scheme: WeightSparsity) -> Iterator[_Read]:
+def _reads(call: Call, scheme: WeightSparsity, rounded: Mapping[Node, tuple[OperandRead, Rounded]]) -> Iterator[_Read]:
     linear, weight = call.linear, call.linear.weight
     uses: tuple[tuple[GemmName, Sequence[Use]], ...] = (
         ("output", (linear.output, *linear.again)),
@@ -135,8 +152,13 @@ def _reads(call: Call, scheme: WeightSparsity) -> Iterator[_Read]:
     )
     for name, several in uses:
         for use in several if call.structured[name] == "weight" else ():
-            read = _Read(call, scheme, Gemm(name, use.gemm, weight_read=use if use.reads(weight) else None), use, None)
+            dense_read, shared = rounded.get(use.gemm, (None, None))
+            direct = use if use.reads(weight) else None
+            gemm = Gemm(name, use.gemm, weight_read=direct, dense_read=dense_read)
+            read = _Read(call, scheme, gemm, use, None, shared)
             text = why_not_sparse(use, linear, scheme, call.limits)
+            if text is None and scheme.precision == "float8" and shared is None:
+                text = "there is nothing to round to float8"
             yield read if text is None else read.without_kernel(text)
 
 
@@ -165,13 +187,13 @@ def _packed(weight: Node, sparse: Sequence[_Read], before: Node) -> Iterator[Pac
     """
     readers: dict[tuple[torch.dtype, bool], list[_Read]] = {}
     for one in sparse:
-        readers.setdefault((one.dtype, one.transposed), []).append(one)
+        readers.setdefault((one.packed_dtype, one.transposed), []).append(one)
     rows = [one.call.linear.shape[0] for one in sparse]
     many = any(isinstance(m, int) and m >= _MANY_ROWS * weight.meta["val"].dtype.itemsize for m in rows)
     # A weight that is computed would have to be kept itself; the greedy mask takes long to choose.
     cheap_twice = many and sparse[0].scheme.mask == "optimal" and weight.op == "placeholder"
     for (dtype, transposed), several in readers.items():
-        together = (dtype, not transposed) in readers and not cheap_twice
+        together = ((dtype, not transposed) in readers and not cheap_twice) or dtype == FLOAT8
         first = min(several, key=lambda one: one.use.gemm)
         forward = first.use is first.call.linear.output or first.use.gemm.meta.get("partitioner_tag") == "is_forward"
         yield Packed(dtype, transposed, before if together else first.use.gemm, together, not together and not forward)

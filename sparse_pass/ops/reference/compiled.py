@@ -13,6 +13,7 @@ from .products import product
 from .weights import sparsify, sparsify_one
 
 __all__ = [
+    "grad_input_into",
     "grad_weight_into",
     "input_grad_weight_into",
     "input_linear_into",
@@ -34,4 +35,4 @@ def _into(form: Form) -> Callable[..., None]:
     return multiply
 
 
-linear_into, grad_weight_into, input_linear_into, input_grad_weight_into = map(_into, FORMS)
+linear_into, grad_weight_into, input_linear_into, input_grad_weight_into, grad_input_into = map(_into, FORMS)

@@ -141,8 +141,8 @@ def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
 
 
 def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
-    """The estimate of grad [M, N], transposed and packed: `pack` of [N, Mp]."""
-    return pack(*_estimate(grad, seed))
+    """The estimate of grad [M, N], transposed and packed: `pack` of [Np, Mp], where Np is N rounded up as M is."""
+    return pack(*_estimate(torch.nn.functional.pad(grad, (0, padded(grad.shape[1]) - grad.shape[1])), seed))
 
 
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:

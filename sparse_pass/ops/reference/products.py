@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...vocabulary import PRODUCTS, Form, padded
+from ...vocabulary import FLOAT8, FLOAT8_OUTPUT, PRODUCTS, Form, padded
 from .weights import unpack
 
 
@@ -15,6 +15,8 @@ def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | No
     _, k = spec.dense_shape(*dense.shape)
     a = unpack(packed, padded(n) if spec.rows == "n" else n, padded(k) if spec.rows == "k" else k)[:n, :k]
     dense = dense.contiguous()
+    if dense.dtype == FLOAT8:
+        return F.linear(dense.float(), a.float()).to(FLOAT8_OUTPUT)
     if spec.d_transposed:
         return F.linear(dense if spec.b_transposed else dense.T, a, bias)
     return a @ (dense.T if spec.b_transposed else dense)

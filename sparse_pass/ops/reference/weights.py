@@ -160,53 +160,66 @@ def _greedy(lines: Tensor) -> Tensor:
 
 
 def pack(weight: Tensor, mask: Tensor) -> Tensor:
-    """Compress weight * mask into the SM90 layout of cuSPARSELt for 16-bit types.
+    """Compress weight * mask into the SM90 layout of cuSPARSELt.
 
-    weight: [N, K] float16 or bfloat16, N and K multiples of 64; mask: bool [N, K], at most two in a group of four.
-    Returns 1-D, weight's dtype, N * K * 9 / 16 elements: N * K / 2 values, row-major [N, K / 2], each group's two in
+    weight: [N, K] of 16 bits or float8, N and K multiples of 64; mask: bool [N, K], at most two in a group of four.
+    Returns 1-D, weight's dtype, `packed_numel` elements: N * K / 2 values, row-major [N, K / 2], each group's two in
     column order; then N * K / 8 bytes of metadata, a nibble i0 | i1 << 2 (i0 < i1 the kept columns) a group.
 
     A kept zero keeps its index. A group with fewer than two kept takes its lowest free columns, with value 0.
 
     Within a 64x64 tile of W (512 bytes; tiles in row-major order) the nibble of row r and group g = column / 4 has
-    the ten-bit position g3 r5 r4 r2 r1 r0 g1 g0 g2 r3; an even position is the low half of its byte. Byte-equal to
-    torch._cslt_compress on an H200 with cuSPARSELt 0.8.0.
+    the ten-bit position g3 r5 r4 r2 r1 r0 g1 g0 g2 r3, of 8-bit types r5 r4 r2 r1 r0 g2 g1 g3 r3 g0; an even position
+    is the low half of its byte. Byte-equal to torch._cslt_compress on an H200 with cuSPARSELt 0.8.0.
     """
     rows, cols = weight.shape
     kept = mask.reshape(rows, cols // 4, 4)
     # Stable and descending: kept columns first, then free ones, each in column order; two of them, sorted again.
     index = kept.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :2]
     index = index.sort(dim=-1).values
-    groups = weight.detach().masked_fill(~mask, 0).reshape(rows, cols // 4, 4)
-    values = groups.gather(-1, index)
+    bits = weight.detach().contiguous().view(torch.uint8 if weight.dtype.itemsize == 1 else torch.int16)
+    values = bits.masked_fill(~mask, 0).reshape(rows, cols // 4, 4).gather(-1, index)
     codes = (index[..., 0] | index[..., 1] << 2).to(torch.uint8)
 
-    bits = codes.view(rows // 64, 4, 2, 8, cols // 64, 2, 2, 4)  # R, r54, r3, r210, C, g3, g2, g10
-    nibbles = bits.permute(0, 4, 5, 1, 3, 7, 6, 2).reshape(-1, 2)
+    shape, order = _metadata_bits(rows, cols, weight.dtype)
+    nibbles = codes.view(shape).permute(order).reshape(-1, 2)
     metadata = nibbles[:, 0] | nibbles[:, 1] << 4
-    return torch.cat([values.reshape(-1), metadata.view(weight.dtype)])
+    return torch.cat([values.reshape(-1), metadata.view(values.dtype)]).view(weight.dtype)
+
+
+def _metadata_bits(rows: int, cols: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How [rows, cols / 4] nibbles are taken apart, by blocks of 64x64, R and C, and in which order they are stored."""
+    if dtype.itemsize == 1:
+        return (rows // 64, 4, 2, 8, cols // 64, 2, 4, 2), (0, 4, 1, 3, 6, 5, 2, 7)  # R, r54, r3, r210, C, g3, g21, g0
+    return (rows // 64, 4, 2, 8, cols // 64, 2, 2, 4), (0, 4, 5, 1, 3, 7, 6, 2)  # R, r54, r3, r210, C, g3, g2, g10
 
 
 def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
     """Inverse of `pack`: the dense [rows, cols] matrix with zeros where nothing was kept."""
     half = rows * cols // 2
-    values = packed[:half].view(rows, cols // 4, 2)
-    metadata = packed[half:].view(torch.uint8)
+    bits = packed.view(torch.uint8 if packed.dtype.itemsize == 1 else torch.int16)
+    values = bits[:half].view(rows, cols // 4, 2)
+    metadata = bits[half:].view(torch.uint8)
     nibbles = torch.stack([metadata & 15, metadata >> 4], dim=-1)
-    bits = nibbles.view(rows // 64, cols // 64, 2, 4, 8, 4, 2, 2)  # R, C, g3, r54, r210, g10, g2, r3
-    codes = bits.permute(0, 3, 7, 4, 1, 2, 6, 5).reshape(rows, cols // 4)
+    shape, order = _metadata_bits(rows, cols, packed.dtype)
+    stored = nibbles.view([shape[at] for at in order])
+    codes = stored.permute([order.index(at) for at in range(len(order))]).reshape(rows, cols // 4)
     index = torch.stack([codes & 3, codes >> 2], dim=-1).long()
-    dense = packed.new_zeros(rows, cols // 4, 4)
-    return dense.scatter_(-1, index, values).view(rows, cols)
+    dense = bits.new_zeros(rows, cols // 4, 4)
+    return dense.scatter_(-1, index, values).view(rows, cols).view(packed.dtype)
 
 
-def sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """S(W) and S(W)^T packed: the mask is chosen on `weight` as stored, the values are rounded to `dtype` after."""
+def sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """scale * S(W) and its transpose packed: the mask is chosen on `weight` as stored, in whose dtype the product by
+    `scale` is rounded; then the values are rounded to `dtype`."""
     kept = mask24(weight, mask)
-    values = weight.detach().to(dtype or weight.dtype)
+    values = weight.detach() if scale == 1 else weight.detach() * scale
+    values = values.to(dtype or weight.dtype)
     return pack(values, kept), pack(values.T, kept.T)
 
 
-def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype | None = None) -> Tensor:
+def sparsify_one(
+    weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> Tensor:
     """One of the two."""
-    return sparsify(weight, mask, dtype)[int(transposed)]
+    return sparsify(weight, mask, dtype, scale)[int(transposed)]
