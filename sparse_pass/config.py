@@ -47,8 +47,9 @@ class WeightSparsity:
         grad_weight = grad_output.T @ input            [N, K]   (see ``grad_weight``)
 
     S keeps 2 of every 4 weights along rows and along columns (one mask per 4x4 tile) and is computed
-    from the live weight in every forward. The mask is chosen on the parameter as it is stored, before
-    any autocast, so that training, :func:`sparse_pass.prune_` and deployment agree on it.
+    from the live weight in every forward. The mask is chosen on the parameter as the compiled code is given it: as it
+    is stored, before any autocast, so that training, :func:`sparse_pass.prune_` and deployment agree on it. FSDP2 with
+    ``MixedPrecisionPolicy(param_dtype=...)`` gives it rounded: ``prune_`` asks the policy, or its ``dtype``.
 
     Raises:
         ValueError: a field has a value outside its choices; the message names field and value.

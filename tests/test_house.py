@@ -311,7 +311,7 @@ def test_no_test_imports_a_test() -> None:
 
 def test_each_test_has_its_place() -> None:
     """One of the folders that CONTRIBUTING names; and a name of its own, by which pages name it without the folder."""
-    folders = {"tests", "helpers", "fakes", "unit", "graphs", "exact", "torch_compile", "gpu"}
+    folders = {"tests", "helpers", "fakes", "unit", "graphs", "exact", "torch_compile", "distributed", "gpu"}
     assert {file.parent.name for file in TESTS} == folders
     names = [file.name for file in TESTS if file.name != "conftest.py"]
     assert len(set(names)) == len(names)

@@ -92,7 +92,7 @@ def _when_step(
 
     def sparse_pass_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         there, its_model = watcher(), model()
-        if optimizer in over:
+        if optimizer in over or _makes_state():
             return
         closure = any(callable(one) for one in (*args[1:], *kwargs.values()))
         if there is None or its_model is None or closure != with_closure:
@@ -104,6 +104,17 @@ def _when_step(
             over.add(optimizer)
 
     return cast(Callable[..., None], torch.compiler.disable(sparse_pass_step))
+
+
+def _makes_state() -> bool:
+    """Whether a step is none of training: ``torch.distributed.checkpoint`` takes one with gradients of zero, so that an
+    optimizer has a state to load into."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _when_attempt(watcher: weakref.ref[Watcher]) -> Callable[..., None]:

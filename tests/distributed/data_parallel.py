@@ -27,8 +27,8 @@ import sparse_pass as sp
 from sparse_pass.backend import SparseBackend
 
 
-def backend_for(model: nn.Module, inner: str = "aot_eager") -> SparseBackend:
-    return sp.sparse_backend(CONFIG, model=model, inner=inner)  # type: ignore[arg-type]
+def backend_for(model: nn.Module, *, strict: bool = False) -> SparseBackend:
+    return sp.sparse_backend(CONFIG, model=model, inner="aot_eager", strict=strict)
 
 
 def data_parallel(run: Callable[[Tensor], Tensor]) -> Callable[[int], Tensor]:
@@ -115,12 +115,14 @@ def ddp_compiled_autograd() -> None:
 # FSDP2
 
 
-def fsdp2(model: Network | None = None, *, blocks: bool = False, **options: Any) -> tuple[Network, SparseBackend, Any]:
+def fsdp2(
+    model: Network | None = None, *, blocks: bool = False, strict: bool = False, **options: Any
+) -> tuple[Network, SparseBackend, Any]:
     """The sharded model, compiled: as a whole, or block by block."""
     model = model or network()
     for part in (*model.blocks, model):
         fully_shard(part, **options)
-    backend = backend_for(model)
+    backend = backend_for(model, strict=strict)
     if not blocks:
         return model, backend, torch.compile(model, backend=backend)
     for block in model.blocks:

@@ -173,7 +173,8 @@ def main(compositions: Mapping[str, Callable[[], None]]) -> None:
     """The program: number of ranks, and the names of compositions."""
     count, *names = sys.argv[1:]
     store = tempfile.mktemp()
-    sp.explain(network(), CONFIG)(batch(0)[0])  # imports what all ranks would import each by itself
+    with torch.no_grad():  # imports what all ranks would import each by itself; a backward would bar autograd from them
+        sp.explain(network(), CONFIG)(batch(0)[0])
     children = []
     for rank in range(int(count)):
         child = os.fork()

@@ -1,7 +1,7 @@
 """How people distribute training, on two and four ranks on CPUs: each composition against one process.
 
-The compositions are in `data_parallel`, `tensor_parallel`, `pipelines` and `mixed_precision`; this file is also the
-program of their ranks, see `ranks`. Starting ranks takes as long as several compositions.
+The compositions are in `data_parallel`, `tensor_parallel`, `pipelines`, `mixed_precision` and `checkpoints`; this file
+is also the program of their ranks, see `ranks`. Starting ranks takes as long as several compositions.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import torch.distributed as dist
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
+import checkpoints
 import data_parallel
 import mixed_precision
 import pipelines
 import tensor_parallel
-from ranks import CONFIG, W24, Network, launch, main, network
+from ranks import CONFIG, W24, Network, batch, launch, main, network
 
 import sparse_pass as sp
 from sparse_pass.shards import Sharding, Split
 
-TWO = {**data_parallel.TWO, **mixed_precision.TWO, **tensor_parallel.TWO, **pipelines.TWO}
+TWO = {**data_parallel.TWO, **mixed_precision.TWO, **tensor_parallel.TWO, **pipelines.TWO, **checkpoints.TWO}
 FOUR = {**data_parallel.FOUR, **tensor_parallel.FOUR}
 
 
@@ -57,6 +58,16 @@ def test_one_config_for_all_stages() -> None:
     report = sp.prune_(stage, CONFIG, whole=whole)
     assert [site.fqn for site in report.sites] == pipelines.NAMED[0]
     assert torch.equal(stage.blocks["0"].fc1.weight != 0, sp.mask24(network().blocks[0].fc1.weight))
+
+
+def test_a_captured_backward_is_no_graph_of_its_own() -> None:
+    """Compiled autograd hands the backward to the same backend: what is 2:4 in it was rewritten with the forward."""
+    model = network()
+    backend = sp.sparse_backend(CONFIG, model=model, inner="aot_eager")
+    run = torch.compile(model, backend=backend)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend)):
+        run(batch(0)[0]).sum().backward()
+    assert (backend.report.graphs, backend.report.inference_graphs, backend.report.notes) == (1, 0, ())
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
