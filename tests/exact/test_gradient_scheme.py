@@ -495,11 +495,11 @@ permute = aten.permute(primals_2, [1, 0])  # up
 addmm = aten.addmm(primals_3, sin, permute)  # up
 permute_1 = aten.permute(permute, [1, 0])  # up, backward
 permute_2 = aten.permute(tangents_1, [1, 0])  # up, backward
-randint = aten.randint(0, 4611686018427387904, [1])  # up, backward
+randint = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # up, backward
 mvue24 = sparse_pass.mvue24(permute_2, randint)  # up, backward
 permute_3 = aten.permute(mvue24, [1, 0])  # up, backward
 mm = aten.mm(permute_3, permute_1)  # up, backward
-randint_1 = aten.randint(0, 4611686018427387904, [1])  # up, backward
+randint_1 = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # up, backward
 mvue24_1 = sparse_pass.mvue24(tangents_1, randint_1)  # up, backward
 permute_4 = aten.permute(mvue24_1, [1, 0])  # up, backward
 mm_1 = aten.mm(permute_4, sin)  # up, backward
@@ -522,10 +522,10 @@ permute = aten.permute(primals_2, [1, 0])  # up
 addmm = aten.addmm(primals_3, sin, permute)  # up
 permute_1 = aten.permute(permute, [1, 0])  # up, backward
 permute_2 = aten.permute(tangents_1, [1, 0])  # up, backward
-randint = aten.randint(0, 4611686018427387904, [1])  # up, backward
+randint = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # up, backward
 sparsify_mvue = sparse_pass.sparsify_mvue(permute_2, randint)  # up, backward
 grad_input = sparse_pass.grad_input(sparsify_mvue, permute_1, 13)  # up, backward
-randint_1 = aten.randint(0, 4611686018427387904, [1])  # up, backward
+randint_1 = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # up, backward
 sparsify_mvue_sum = sparse_pass.sparsify_mvue_sum(tangents_1, randint_1)  # up, backward
 getitem = sparsify_mvue_sum[0]  # up, backward
 grad_weight = sparse_pass.grad_weight(getitem, sin, 128)  # up, backward
@@ -554,7 +554,7 @@ input_linear = sparse_pass.input_linear(getitem_1, primals_2, 13)  # up
 add = aten.add(input_linear, primals_3)  # up
 permute_1 = aten.permute(permute, [1, 0])  # up, backward
 permute_2 = aten.permute(tangents_1, [1, 0])  # up, backward
-randint = aten.randint(0, 4611686018427387904, [1])  # up, backward
+randint = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # up, backward
 sparsify_mvue = sparse_pass.sparsify_mvue(permute_2, randint)  # up, backward
 grad_input = sparse_pass.grad_input(sparsify_mvue, permute_1, 13)  # up, backward
 input_grad_weight = sparse_pass.input_grad_weight(getitem, tangents_1, 64)  # up, backward

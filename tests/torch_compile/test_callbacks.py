@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from scheduled import CONFIG, FC1, straight_through
 from stack import Stack
-from test_schedule import CONFIG, FC1, straight_through
 from torch import Tensor, nn
 
 import sparse_pass as sp

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from scheduled import CONFIG, FC1, straight_through
 from stack import Stack
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
@@ -18,14 +19,11 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_pass as sp
 
 W24 = sp.WeightSparsity()
-CONFIG = {"blocks.*.fc1": W24, "blocks.1.fc2": sp.WeightSparsity(mask="greedy")}
-FC1 = [f"blocks.{i}.fc1" for i in range(3)]
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +35,6 @@ def _silence() -> Iterator[None]:
 
 def backend_for(model: nn.Module, config: Mapping[str, Any] = CONFIG, **options: Any) -> Any:
     return sp.sparse_backend(config, model=model, inner="aot_eager", **options)
-
-
-def straight_through(model: nn.Module, x: Tensor, masked: Mapping[str, str]) -> Tensor:
-    """What the model computes with these layers masked, each by its mask; by hand, and eager."""
-    weights = {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in masked}
-    replaced = {}
-    for (name, weight), mask in zip(weights.items(), masked.values(), strict=True):
-        kept = torch.where(sp.mask24(weight, mask), weight, torch.zeros_like(weight))
-        replaced[name] = weight + (kept - weight).detach()
-    return functional_call(model, replaced, (x,))
 
 
 def train(
