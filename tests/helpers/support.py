@@ -76,8 +76,12 @@ class StraightThrough(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         mask = sp.mask24(weight, self.scheme.mask)
+        masked = self.scheme.grad_weight == "masked"
+        if self.scheme.factor == 1:  # by what torch.func transforms, too
+            kept = torch.where(mask, weight, torch.zeros_like(weight))
+            return kept if masked else weight + (kept - weight).detach()
         kept = torch.where(mask, weight.detach(), 0) * self.scheme.factor
-        return _Replaced.apply(weight, kept, mask if self.scheme.grad_weight == "masked" else None)  # type: ignore[no-any-return]
+        return _Replaced.apply(weight, kept, mask if masked else None)  # type: ignore[no-any-return]
 
 
 def named_parameters(model: nn.Module, config: Config) -> dict[str, sp.WeightSparsity]:
