@@ -16,9 +16,9 @@ from torch.linalg import vector_norm
 
 from .config import Config
 from .fqn import parse_config
-from .local_part import local_part, why_not_whole_tiles
 from .model_names import check_names
 from .ops.definitions import mask24
+from .ops.shards import local, why_not_whole_tiles
 from .prune import PrunedWeight, pruned_weights
 
 COLUMNS = ("flip_rate", "kept_magnitude", "kept_square", "dropped_gradient")
@@ -119,7 +119,7 @@ class Metrics:
     def _measure(self) -> dict[str, Tensor]:
         measured, skipped = {}, {}
         for one in pruned_weights(self._model, self._config):  # anew: FSDP2 replaces parameters, others load data late
-            reason = one.reason or why_not_whole_tiles(local_part(one.weight))
+            reason = one.reason or why_not_whole_tiles(local(one.weight))
             if one.weight.is_meta:
                 reason = reason or "it is on the meta device and has no data"
             if reason:
@@ -135,14 +135,14 @@ class Metrics:
     def _values(self, one: PrunedWeight) -> Tensor:
         """The values of a layer, in the order of `COLUMNS`, float32 on its device."""
         assert one.sparsity is not None
-        weight = local_part(one.weight)
+        weight = local(one.weight.detach())
         mask = mask24(weight, one.sparsity.mask)
         kept = weight.masked_fill(~mask, 0)
         ratios = [_norm(kept, order) / _norm(weight, order) for order in (1, 2)]
         if one.weight.grad is None:
             dropped = torch.full_like(ratios[0], math.nan)
         else:
-            gradient = local_part(one.weight.grad)
+            gradient = local(one.weight.grad.detach())
             dropped = _norm(gradient.masked_fill(mask, 0)) / _norm(gradient)
         return torch.stack([self._flips(one.name, mask), ratios[0], ratios[1].square(), dropped])
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config
-from .local_part import local_part, why_not_whole_tiles
+from .ops.shards import local, why_not_whole_tiles
 from .prune import PrunedWeight, pruned_weights, site_of
 from .report import Report
 from .vocabulary import TILE
@@ -44,7 +44,7 @@ def verify24(model: nn.Module, config: Config) -> Report:
 
 
 def _first_bad_group(one: PrunedWeight) -> str:
-    weight = local_part(one.weight)
+    weight = local(one.weight.detach())
     if weight.is_meta:
         raise ValueError(f"{one.name!r} is on the meta device: load its data before verify24")
     if reason := why_not_whole_tiles(weight):

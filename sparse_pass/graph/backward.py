@@ -8,7 +8,7 @@ several share a weight.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,13 +51,17 @@ def tangent_dependent(graph: Graph) -> set[Node]:
 
     A zero gradient, such as that of ``sign``, or of anything without rows, can be a constant.
     """
-    pending = [node for node in graph.nodes if _is_of_backward(node)]
-    found: set[Node] = set()
+    return reached([node for node in graph.nodes if _is_of_backward(node)], lambda node: node.users)
+
+
+def reached(start: Iterable[Node], following: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """The nodes to start from, and all that follow them, one step after another."""
+    pending, found = list(start), set[Node]()
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending += node.users
+            pending += following(node)
     return found
 
 

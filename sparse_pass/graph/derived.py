@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from .backward import unwrapped
+from .backward import reached, unwrapped
 from .gemms import Use, is_move, packet_name, weight_places
 
 # What they give holds rows of the weight for each token, not the weight.
@@ -158,13 +158,7 @@ def needed_by_outputs(graph: Graph) -> set[Node] | None:
     gradients = [hasattr(unwrapped(one)[0], "grad_of") for one in descriptors]
     if not any(gradients):
         return None
-    pending = [
+    outputs = [
         value for value, gradient in zip(values, gradients, strict=False) if isinstance(value, Node) and not gradient
     ]
-    needed: set[Node] = set()
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += node.all_input_nodes
-    return needed
+    return reached(outputs, lambda node: node.all_input_nodes)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch.fx import Graph, Node
 
 from ..fqn import normalize
+from .backward import reached
 from .gemms import (
     GradientGemm,
     Linear,
@@ -72,13 +73,8 @@ def step_backward(graph: Graph, parameters: Collection[Node]) -> set[Node]:
 
 def _computed_from(nodes: Iterable[Node]) -> set[Node]:
     """These calls, and all that depend on them."""
-    pending, found = list(nodes), set()
-    while pending:
-        node = pending.pop()
-        if node not in found and node.op == "call_function":
-            found.add(node)
-            pending += node.users
-    return found
+    calls = [node for node in nodes if node.op == "call_function"]
+    return reached(calls, lambda node: [user for user in node.users if user.op == "call_function"])
 
 
 def _is_one(node: Node) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..shards import sharding_of
+from ..vocabulary import TILE
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -20,6 +21,17 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds: all of it, if it is no DTensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def why_not_whole_tiles(part: Tensor) -> str:
+    """Why masks cannot be found in the part of a weight whose dims are multiples of 4; else "".
+
+    Parts are consecutive and all but the last are of one size. So if the dims of a part are multiples of 4, it begins
+    and ends between tiles, and the mask of the part is the part of the mask.
+    """
+    if all(dim % TILE == 0 for dim in part.shape):
+        return ""
+    return f"its part here is {list(part.shape)}, which cuts the 4x4 tiles of the mask: shard it in multiples of 4"
 
 
 def mask_of_shards(weight: Any, choose: Callable[[Tensor], Tensor]) -> Tensor:

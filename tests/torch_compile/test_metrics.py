@@ -148,7 +148,7 @@ def test_sharded_parameters() -> None:
 
 
 def test_parts_that_cut_tiles() -> None:
-    from sparse_pass.local_part import why_not_whole_tiles
+    from sparse_pass.ops.shards import why_not_whole_tiles
 
     assert why_not_whole_tiles(torch.ones(8, 12)) == ""
     assert "its part here is [6, 8], which cuts the 4x4 tiles" in why_not_whole_tiles(torch.ones(6, 8))
