@@ -10,6 +10,7 @@ from ..vocabulary import FORMS, PRODUCTS, Form
 from . import cusparselt, tuner
 from .mvue import sparsify_mvue, sparsify_mvue_sum
 from .sparsify import sparsify, sparsify_input, sparsify_one
+from .sparsify_float8 import sparsify_float8
 
 __all__ = [
     "grad_input_into",
@@ -18,6 +19,7 @@ __all__ = [
     "input_linear_into",
     "linear_into",
     "sparsify",
+    "sparsify_float8",
     "sparsify_input",
     "sparsify_mvue",
     "sparsify_mvue_sum",

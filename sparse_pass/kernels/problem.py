@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..vocabulary import PRODUCTS, Form, padded
+from ..vocabulary import PRODUCTS, Form, output_dtype, padded
 
 
 class Problem(NamedTuple):
@@ -19,6 +19,10 @@ class Problem(NamedTuple):
     k: int
     bias: bool
     form: Form = "linear"
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return output_dtype(self.dtype)
 
     @property
     def output_shape(self) -> tuple[int, int]:
@@ -37,7 +41,7 @@ class Problem(NamedTuple):
     def like(self, rows: int) -> Problem:
         """The same with another number of rows of X, by whatever letter it goes here."""
         spec = PRODUCTS[self.form]
-        return self._replace(**{spec.rows: padded(rows, spec.multiple)})  # type: ignore[arg-type]
+        return self._replace(**{spec.rows: padded(rows, spec.multiple(self.dtype))})  # type: ignore[arg-type]
 
     @property
     def rows(self) -> int:

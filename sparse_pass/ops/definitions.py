@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..vocabulary import FLOAT8, FLOAT8_OUTPUT, KERNEL_TILE, PRODUCTS, Form, packed_numel, padded
+from ..vocabulary import FLOAT8, KERNEL_TILE, PRODUCTS, Form, output_dtype, packed_numel, padded
 from . import checks, cuda
 from .define import Kernels, define
 from .reference import float8, gradients, inputs, weights
@@ -170,9 +170,8 @@ def _define_product(form: Form, arguments: str, names: tuple[str, str]) -> Kerne
 
     def fake(*args: Tensor, tuned: bool = False) -> Tensor:
         dense, _, n, _ = spec.operands(*args)
-        dtype = FLOAT8_OUTPUT if dense.dtype == FLOAT8 else dense.dtype
         shape = spec.output_shape(spec.dense_shape(*dense.shape)[0], n)
-        return dense.new_empty(shape, dtype=dtype)  # type: ignore[no-any-return]
+        return dense.new_empty(shape, dtype=output_dtype(dense.dtype))  # type: ignore[no-any-return]
 
     def cpu(*args: Tensor, tuned: bool = False) -> Tensor:
         return product(form, *spec.operands(*args))

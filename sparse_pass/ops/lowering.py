@@ -17,7 +17,17 @@ from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 
-from ..vocabulary import KERNEL_DTYPES, KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, packed_numel, padded
+from ..vocabulary import (
+    FLOAT8,
+    KERNEL_DTYPES,
+    KERNEL_TILE,
+    PRODUCTS,
+    Form,
+    output_dtype,
+    packed_numel,
+    padded,
+    row_multiple,
+)
 from . import cuda
 from . import definitions as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
 
@@ -25,7 +35,14 @@ _sparse_ops = torch.ops.sparse_pass
 aten = torch.ops.aten
 _REFERENCES = "sparse_pass.ops.reference.compiled"
 """What compiled code calls on a CPU: there to test this file without a GPU."""
-_PACKERS = {"sparsify": 2, "sparsify_one": 1, "sparsify_input": 2, "sparsify_mvue": 1, "sparsify_mvue_sum": 1}
+_PACKERS = {
+    "sparsify": 2,
+    "sparsify_one": 1,
+    "sparsify_float8": 2,
+    "sparsify_input": 2,
+    "sparsify_mvue": 1,
+    "sparsify_mvue_sum": 1,
+}
 """Operators that pack, and how many matrices."""
 
 
@@ -101,8 +118,8 @@ def _stride1(x: Any) -> Any:
 
 
 def _into(kernel: str, like: Any, size: Sequence[Any], operands: Sequence[Any], **kwargs: Any) -> Any:
-    """A matrix of the device and dtype of ``like``."""
-    layout = ir.FixedLayout(like.get_device(), like.get_dtype(), list(size), [size[1], 1])
+    """A matrix of the device of ``like``, and of the dtype of what is multiplied in that of it."""
+    layout = ir.FixedLayout(like.get_device(), output_dtype(like.get_dtype()), list(size), [size[1], 1])
     inputs = [_contiguous(x) for x in operands if x is not None]
     return ir.TensorBox.create(_Into(layout=layout, inputs=inputs, kwargs=kwargs, python_kernel_name=kernel))
 
@@ -131,10 +148,12 @@ def _lower_product(form: Form) -> Callable[..., Any]:
         m, k = spec.dense_shape(*dense.get_size())
         sizes = {"m": m, "n": n, "k": k}
         kernel = None
-        if dense.get_dtype() in KERNEL_DTYPES:
+        if dense.get_dtype() in (*KERNEL_DTYPES, FLOAT8):
             kernel = _kernel(f"{spec.op}_into", dense.get_device(), dense.get_dtype())
-        rows = _up_to(sizes[spec.rows], spec.multiple)
-        if kernel is None or rows is None or not (spec.rows == "m" or _is_multiple(m, ROW_MULTIPLE)):
+        rows = _up_to(sizes[spec.rows], spec.multiple(dense.get_dtype()))
+        if dense.get_dtype() == FLOAT8 and rows != sizes[spec.rows]:
+            kernel = None  # Triton does not pad in 8 bits
+        if kernel is None or rows is None or not (spec.rows == "m" or _is_multiple(m, row_multiple(dense.get_dtype()))):
             return _call_op(op, *args, tuned=tuned)
         sizes[spec.rows] = rows
         dense = _padded(dense, spec.dense_shape(sizes["m"], sizes["k"])[0])
@@ -150,12 +169,13 @@ def _lower_packer(name: str, count: int) -> Callable[..., Any]:
     is_weight = any(argument.name == "dtype" for argument in op._schema.arguments)
 
     def lower(source: Any, *rest: Any, **kwargs: Any) -> Any:
-        device, dtype = source.get_device(), kwargs.get("dtype") or source.get_dtype()
+        device = source.get_device()
+        dtype = FLOAT8 if name == "sparsify_float8" else kwargs.get("dtype") or source.get_dtype()
         kernel = _kernel(name, device, dtype)
         rows, cols = (_up_to(size, KERNEL_TILE) for size in source.get_size())
         if kernel is None or rows is None or cols is None or source.get_dtype() == torch.float64:
             return _call_op(op, source, *rest, **kwargs)
-        layouts = [ir.FixedLayout(device, dtype, [packed_numel(rows, cols)], [1]) for _ in range(count)]
+        layouts = [ir.FixedLayout(device, dtype, [packed_numel(rows, cols, dtype)], [1]) for _ in range(count)]
         if name == "sparsify_mvue_sum":
             layouts.append(ir.FixedLayout(device, torch.float32, [rows // KERNEL_TILE, cols], [cols, 1]))
         # Tensors come first, and None in the place of one among the constants.

@@ -37,7 +37,7 @@ class Product:
     @property
     def sizes(self) -> tuple[Any, Any, Any]:
         """As the kernels take them, which call them M, N and K as well: M of the linear is padded."""
-        m = self.m + -self.m % PRODUCTS[self.form].multiple
+        m = self.m + -self.m % PRODUCTS[self.form].multiple(self.dtype)
         return {
             "linear": (m, self.n, self.k),
             "grad_weight": (self.k, self.n, m),

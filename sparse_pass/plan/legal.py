@@ -95,8 +95,6 @@ def why_not_sparse(use: Use, linear: Linear, scheme: WeightSparsity, limits: Lim
         return "the GEMM reads what the graph computes from the weight"
     if scheme.backend == "masked_dense":
         return "backend='masked_dense' was asked for"
-    if scheme.precision == "float8" and (limits.device == "cuda" or scheme.backend != "cusparselt"):
-        return "float8 has no 2:4 kernels yet: the same numbers are multiplied in the captured precision"
     return _why_no_device(scheme, limits) or _why_no_call(use) or _why_no_kernel(use, linear)
 
 

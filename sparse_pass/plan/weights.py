@@ -156,7 +156,7 @@ def _reads(call: Call, scheme: WeightSparsity, rounded: Mapping[Node, tuple[Oper
             direct = use if use.reads(weight) else None
             gemm = Gemm(name, use.gemm, weight_read=direct, dense_read=dense_read)
             read = _Read(call, scheme, gemm, use, None, shared)
-            text = why_not_sparse(use, linear, scheme, call.limits)
+            text = why_not_sparse(use, linear, scheme, call.weight_limits)
             if text is None and scheme.precision == "float8" and shared is None:
                 text = "there is nothing to round to float8"
             yield read if text is None else read.without_kernel(text)

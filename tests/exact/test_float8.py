@@ -20,7 +20,7 @@ import sparse_pass as sp
 from sparse_pass.ops.reference import weights
 
 FLOAT8 = sp.WeightSparsity(precision="float8")
-NO_KERNEL = "float8 has no 2:4 kernels yet: the same numbers are multiplied in the captured precision"
+NO_KERNEL = "no 2:4 kernels on cpu"
 sparse = torch.ops.sparse_pass
 
 

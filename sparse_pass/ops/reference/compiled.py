@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...vocabulary import FORMS, PRODUCTS, Form
+from .float8 import sparsify as sparsify_float8
 from .gradients import sparsify_mvue, sparsify_mvue_sum
 from .inputs import sparsify_input
 from .products import product
@@ -19,6 +20,7 @@ __all__ = [
     "input_linear_into",
     "linear_into",
     "sparsify",
+    "sparsify_float8",
     "sparsify_input",
     "sparsify_mvue",
     "sparsify_mvue_sum",

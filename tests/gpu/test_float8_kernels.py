@@ -1,0 +1,84 @@
+"""float8 on a GPU: the packer against the reference bit for bit, and products against float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import assert_same_packed
+from torch import Tensor
+
+from sparse_pass.ops import definitions as ops  # noqa: F401  (registers torch.ops.sparse_pass)
+from sparse_pass.ops.reference import float8, weights
+from sparse_pass.vocabulary import FLOAT8
+
+sparse = torch.ops.sparse_pass
+
+
+def _has_float8() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not _has_float8(), reason="needs a CUDA device with float8 (SM 8.9 or newer)"),
+]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    random = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, device="cuda", generator=random).to(dtype)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("mask", ["optimal", "greedy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("factor", [1.0, 1.105])
+def test_sparsify_is_the_reference(dtype, mask, factor):
+    for rows, cols in ((64, 64), (192, 320), (1024, 448)):
+        weight = normal(rows, cols, dtype=dtype)
+        weight[:8, :8] = 0
+        weight[8:16, :64] *= 1e-4  # below the smallest number of float8, and on both sides of half of it
+        scale = sparse.float8_scale(weight, factor)
+        found = sparse.sparsify_float8(weight, scale, mask, factor)
+        expected = float8.sparsify(weight.cpu(), scale.cpu(), mask, factor)
+        for one, other, n, k in zip(found, expected, (rows, cols), (cols, rows), strict=True):
+            assert_same_packed(one.cpu(), other, (rows, cols))
+
+
+def test_scale_and_casts_are_those_of_a_cpu():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = normal(96, 160, dtype=dtype)
+        scale = sparse.float8_scale(x)
+        assert torch.equal(scale.cpu(), sparse.float8_scale(x.cpu()))
+        quantized = sparse.quantize_float8(x, scale)
+        expected = sparse.quantize_float8(x.cpu(), scale.cpu())
+        assert torch.equal(quantized.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40, 512, 2048])
+def test_linear_is_the_product_of_the_rounded_values(rows):
+    for n, k in ((64, 64), (192, 320), (1024, 576)):
+        weight, x = normal(n, k, dtype=torch.bfloat16), normal(rows, k, dtype=torch.bfloat16, seed=1)
+        scale, scale_x = sparse.float8_scale(weight), sparse.float8_scale(x)
+        packed = sparse.sparsify_float8(weight, scale, "optimal")
+        kept = float8.quantize(weight, scale).float() * weights.mask24(weight, "optimal")
+        for made, matrix in zip(packed, (kept, kept.T), strict=True):
+            operand = x if matrix is kept else normal(rows, n, dtype=torch.bfloat16, seed=2)
+            quantized = sparse.quantize_float8(operand, scale_x)
+            expected = quantized.double() @ matrix.double().T
+            one = torch.ones((), device="cuda")
+            dense = torch._scaled_mm(quantized, matrix.to(FLOAT8).contiguous().T, one, one, out_dtype=torch.bfloat16)
+            for tuned in (False, True):
+                found = sparse.linear(quantized, made, None, matrix.shape[0], tuned=tuned)
+                assert found.dtype == torch.bfloat16
+                # Tensor cores add float8 in fewer bits than float32 has.
+                assert relative_error(found, expected) <= 1.2 * relative_error(dense, expected) + 1e-4, (tuned, n, k)
+
+
+def test_the_probe_has_kernels():
+    from sparse_pass.kernels import probe
+
+    assert probe.availability(torch.device("cuda"), FLOAT8) == ""
