@@ -36,7 +36,7 @@ FLOAT8_CAPABILITY = (8, 9)
 MASKS = ("optimal", "greedy")
 """Masks of 4x4 tiles, two of four along rows and columns."""
 
-Form = Literal["linear", "grad_weight", "input", "input_grad_weight", "grad_input"]
+Form = Literal["linear", "grad_weight", "grad_weight_t", "input", "input_grad_weight", "grad_input"]
 FORMS: tuple[Form, ...] = get_args(Form)
 _Size = TypeVar("_Size")
 
@@ -82,6 +82,7 @@ class Product:
 #   form                 A                    B                 D
 #   "linear"             S(W)    [N, K]       X   [M, K]        [M, N]   output, and grad_input with S(W)^T
 #   "grad_weight"        MVUE(dY)^T [N, K]    X   [K, M]        [N, M]   grad_weight; K of it is padded rows
+#   "grad_weight_t"      the same           X^T [M, K]        [N, M]   the same, from the input's transpose
 #   "input"              S(X)    [N, K]       W   [M, K]        [N, M]   output; N of it is padded rows
 #   "input_grad_weight"  S(X)^T  [N, K]       dY  [K, M]        [M, N]   grad_weight; K of it is padded rows
 #   "grad_input"         MVUE(dY) [N, K]      W   [K, M]        [N, M]   grad_input; N of it is padded rows
@@ -89,6 +90,9 @@ PRODUCTS: dict[Form, Product] = {
     "linear": Product(op="linear", structured="weight", b_transposed=True, d_transposed=True, rows="m"),
     "grad_weight": Product(
         op="grad_weight", structured="grad_output", b_transposed=False, d_transposed=False, rows="k"
+    ),
+    "grad_weight_t": Product(
+        op="grad_weight_t", structured="grad_output", b_transposed=True, d_transposed=False, rows="k"
     ),
     "input": Product(op="input_linear", structured="input", b_transposed=True, d_transposed=False, rows="n"),
     "input_grad_weight": Product(

@@ -50,10 +50,10 @@ def _by_binding(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor 
 def _triton_packer(op: str, stored: torch.dtype) -> Callable[..., Any] | None:
     if stored == torch.float64:  # rare, and the kernels compare in float32
         return None
-    from . import mvue, sparsify, sparsify_float8
+    from . import mvue, mvue_float8, sparsify, sparsify_float8
 
-    module = sparsify_float8 if "float8" in op else mvue if "mvue" in op else sparsify
-    return getattr(module, op)  # type: ignore[no-any-return]
+    modules = {"sparsify_float8": sparsify_float8, "sparsify_mvue_float8": mvue_float8}
+    return getattr(modules.get(op, mvue if "mvue" in op else sparsify), op)  # type: ignore[no-any-return]
 
 
 SM90 = Backend(

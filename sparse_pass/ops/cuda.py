@@ -119,6 +119,16 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
         return backend.pack(_whole_tiles(mvue24(grad, seed)).T)
 
 
+def sparsify_mvue_float8(grad: Tensor, seed: Tensor, scale: Tensor) -> Tensor:
+    if grad.numel() == 0:
+        return grad.new_empty(0, dtype=FLOAT8)
+    with _current(grad):
+        backend = backend_of(grad.device, FLOAT8)
+        if (pack := backend.packer("sparsify_mvue_float8", grad.dtype)) is not None:
+            return pack(grad, seed, scale)  # type: ignore[no-any-return]
+        return float8.sparsify_mvue(grad, seed, scale)
+
+
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     if grad.shape[0]:
         pack = backend_of(grad.device, grad.dtype).packer("sparsify_mvue_sum", grad.dtype)

@@ -19,6 +19,7 @@ from torch._inductor.virtualized import V
 
 from ..vocabulary import (
     FLOAT8,
+    FLOAT8_CAPABILITY,
     KERNEL_DTYPES,
     KERNEL_TILE,
     PRODUCTS,
@@ -28,7 +29,7 @@ from ..vocabulary import (
     padded,
     row_multiple,
 )
-from . import cuda
+from . import cuda, lowering_float8
 from . import definitions as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
 
 _sparse_ops = torch.ops.sparse_pass
@@ -41,6 +42,7 @@ _PACKERS = {
     "sparsify_float8": 2,
     "sparsify_input": 2,
     "sparsify_mvue": 1,
+    "sparsify_mvue_float8": 1,
     "sparsify_mvue_sum": 1,
 }
 """Operators that pack, and how many matrices."""
@@ -151,8 +153,8 @@ def _lower_product(form: Form) -> Callable[..., Any]:
         if dense.get_dtype() in (*KERNEL_DTYPES, FLOAT8):
             kernel = _kernel(f"{spec.op}_into", dense.get_device(), dense.get_dtype())
         rows = _up_to(sizes[spec.rows], spec.multiple(dense.get_dtype()))
-        if dense.get_dtype() == FLOAT8 and rows != sizes[spec.rows]:
-            kernel = None  # Triton does not pad in 8 bits
+        if rows != sizes[spec.rows] and (dense.get_dtype() == FLOAT8 or (spec.rows == "k" and spec.b_transposed)):
+            kernel = None  # Triton does not pad in 8 bits, and columns are not padded here
         if kernel is None or rows is None or not (spec.rows == "m" or _is_multiple(m, row_multiple(dense.get_dtype()))):
             return _call_op(op, *args, tuned=tuned)
         sizes[spec.rows] = rows
@@ -170,7 +172,7 @@ def _lower_packer(name: str, count: int) -> Callable[..., Any]:
 
     def lower(source: Any, *rest: Any, **kwargs: Any) -> Any:
         device = source.get_device()
-        dtype = FLOAT8 if name == "sparsify_float8" else kwargs.get("dtype") or source.get_dtype()
+        dtype = FLOAT8 if "float8" in name else kwargs.get("dtype") or source.get_dtype()
         kernel = _kernel(name, device, dtype)
         rows, cols = (_up_to(size, KERNEL_TILE) for size in source.get_size())
         if kernel is None or rows is None or cols is None or source.get_dtype() == torch.float64:
@@ -188,10 +190,28 @@ def _lower_packer(name: str, count: int) -> Callable[..., Any]:
     return lower
 
 
+def _lower_fused(name: str, lower: Callable[..., Any]) -> Callable[..., Any]:
+    """Arithmetic of Inductor's own, where it has that of float8."""
+    op = getattr(_sparse_ops, name).default
+
+    def lower_or_call(tensor: Any, *rest: Any) -> Any:
+        device = tensor.get_device()
+        has_float8 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+        if not has_float8 or tensor.get_dtype() == torch.float64:
+            return _call_op(op, tensor, *rest)
+        return lower(tensor, *rest)
+
+    return lower_or_call
+
+
 @functools.cache
 def register() -> None:
     """Tell Inductor, once in a process."""
     lowers = {spec.op: _lower_product(form) for form, spec in PRODUCTS.items()}
     lowers |= {name: _lower_packer(name, count) for name, count in _PACKERS.items()}
+    lowers |= {
+        "float8_scale": _lower_fused("float8_scale", lowering_float8.scale),
+        "quantize_float8": _lower_fused("quantize_float8", lowering_float8.quantize),
+    }
     for name, lower in lowers.items():
         register_lowering(getattr(_sparse_ops, name).default, type_promotion_kind=None)(lower)

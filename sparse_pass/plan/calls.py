@@ -30,6 +30,11 @@ class Call:
     """For those that read the weight."""
 
     @property
+    def is_float8(self) -> bool:
+        """Whether the GEMMs of the weight are to multiply in float8, and a 2:4 grad_weight with them."""
+        return self.weight is not None and self.weight.precision == "float8"
+
+    @property
     def kernel(self) -> str:
         """The name of the sparse kernels, for the report."""
         return "cusparselt" if self.limits.device == "cuda" else "reference"

@@ -31,6 +31,7 @@ KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
         "sparsify_input": reference_inputs.sparsify_input,
     },
     "sparsify_float8": {"sparsify_float8": reference_float8.sparsify},
+    "mvue_float8": {"sparsify_mvue_float8": reference_float8.sparsify_mvue},
     "mvue": {
         "mvue24": reference_gradients.mvue24,
         "sparsify_mvue": reference_gradients.sparsify_mvue,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+import torch.nn.functional as F
 from support import assert_same_packed
-from torch import Tensor
+from torch import Tensor, nn
 
+import sparse_pass as sp
 from sparse_pass.ops import definitions as ops  # noqa: F401  (registers torch.ops.sparse_pass)
 from sparse_pass.ops.reference import float8, weights
+from sparse_pass.plan import weights as plan_weights
 from sparse_pass.vocabulary import FLOAT8
 
 sparse = torch.ops.sparse_pass
@@ -44,7 +49,7 @@ def test_sparsify_is_the_reference(dtype, mask, factor):
         scale = sparse.float8_scale(weight, factor)
         found = sparse.sparsify_float8(weight, scale, mask, factor)
         expected = float8.sparsify(weight.cpu(), scale.cpu(), mask, factor)
-        for one, other, n, k in zip(found, expected, (rows, cols), (cols, rows), strict=True):
+        for one, other in zip(found, expected, strict=True):
             assert_same_packed(one.cpu(), other, (rows, cols))
 
 
@@ -82,3 +87,64 @@ def test_the_probe_has_kernels():
     from sparse_pass.kernels import probe
 
     assert probe.availability(torch.device("cuda"), FLOAT8) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_estimate_is_the_reference(dtype):
+    for rows, cols in ((64, 64), (192, 320), (1000, 200)):
+        grad = normal(rows, cols, dtype=dtype)
+        grad[:8, :8], grad[8:16] = 0, grad[8:16] * 1e-4
+        seed, scale = torch.tensor([7], device="cuda"), sparse.float8_scale(grad) * 0.5
+        found = sparse.sparsify_mvue_float8(grad, seed, scale)
+        expected = float8.sparsify_mvue(grad.cpu(), seed.cpu(), scale.cpu())
+        assert_same_packed(found.cpu(), expected, (rows, cols))
+        x = sparse.quantize_float8(normal(rows, 64, dtype=dtype), scale)
+        estimate = float8.quantize(sparse.mvue24(grad, seed), scale).double()
+        for tuned in (False, True):
+            made = sparse.grad_weight_t(found, x.T.contiguous(), cols, tuned=tuned)
+            assert relative_error(made, estimate.T @ x.double()) < 4e-3
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(256, 512), nn.Linear(512, 256, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+@pytest.mark.parametrize("grad_weight", ["dense", "mvue"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("rows", [256, 200])
+def test_compiled_is_masked_dense(grad_weight, autocast, rows):
+    """By 2:4 kernels, by torch._scaled_mm and by dense matmuls of rounded operands, from one seed."""
+    torch.manual_seed(0)
+    model = Mlp().cuda() if autocast else Mlp().cuda().bfloat16()
+    x = torch.randn(2, rows // 2, 256, device="cuda", dtype=next(model.parameters()).dtype, requires_grad=True)
+    results, kernels, why_slower = {}, {}, plan_weights._why_slower
+    for way in ("cusparselt", "scaled_mm", "masked_dense"):
+        scheme = sp.WeightSparsity(
+            precision="float8", grad_weight=grad_weight, backend="auto" if way == "scaled_mm" else way
+        )
+        torch._dynamo.reset()
+        slower = {"return_value": "measured slower: for the test"} if way == "scaled_mm" else {"wraps": why_slower}
+        backend = sp.sparse_backend({"re:fc.": scheme}, model=model, tune="off")
+        with (
+            mock.patch.object(plan_weights, "_why_slower", **slower),
+            torch._inductor.config.patch(force_disable_caches=True),
+            torch.autocast("cuda", torch.bfloat16, enabled=autocast),
+        ):
+            torch.manual_seed(1)
+            y = torch.compile(model, backend=backend)(x)
+        y.float().square().mean().backward()
+        found = {"y": y, "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+        results[way] = {name: value.detach().double().clone() for name, value in found.items()}
+        kernels[way] = {site.output for site in backend.report.sites}
+        x.grad = None
+        model.zero_grad()
+    assert kernels["cusparselt"] == {"cusparselt"}
+    assert kernels["masked_dense"] == {"masked_dense"}
+    for way in ("cusparselt", "scaled_mm"):
+        for name, value in results[way].items():
+            assert relative_error(value, results["masked_dense"][name]) < 3e-2, (way, name)
