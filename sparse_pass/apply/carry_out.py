@@ -24,7 +24,7 @@ def apply_plan(graph: Graph, plan: Plan, mode: FakeTensorMode) -> None:
 
 
 def _apply(edit: Editor, plan: Plan) -> None:
-    rounded = RoundedOperands(edit)
+    rounded = RoundedOperands(edit, plan)
     inputs, weights = Inputs(edit), Weights(edit, rounded)
     for linear in plan.linears:
         inputs.mask_gradients(linear.input)

@@ -17,24 +17,32 @@ and sparse, where the product is that of the scaled values::
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ..graph.gemms import aten, bias_of, reads_rows
-from ..plan.values import GemmPlan, Prepared, Rounded
+from ..graph.gemms import aten, bias_of, is_flip, operand_of, reads_rows
+from ..plan.values import GemmPlan, Plan, Prepared, Rounded
 from .editor import Editor, sparse_ops
 
+_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
 _CAST = torch.ops.prims.convert_element_type.default
 
 
 class RoundedOperands:
     """The float8 tensors of one graph; what several GEMMs read is made once."""
 
-    def __init__(self, edit: Editor) -> None:
+    def __init__(self, edit: Editor, plan: Plan) -> None:
         self._edit = edit
+        self._estimates: dict[Rounded, GemmPlan] = {}
+        """By grad_output the GEMM whose kernel packs an estimate of it: that kernel quantizes it as well."""
+        for one in (gemm for linear in plan.linears for gemm in linear.grad_output.gemms):
+            if one.estimated is not None and one.packed is not None:
+                self._estimates.setdefault(one.estimated, one)
+        self._drawn: dict[GemmPlan, Node] = {}
         self._scales: dict[Rounded | Prepared, Node] = {}
         self._halves: dict[Rounded, Node] = {}
         self._made: dict[tuple[Rounded, Any], Node] = {}
@@ -69,18 +77,65 @@ class RoundedOperands:
         arguments = estimate, self.scale_of_estimate(plan)
         return self._edit.call_before(plan.gemm.node, sparse_ops.round_float8.default, arguments)
 
-    def multiply_estimate(self, plan: GemmPlan, packed: Node, rows: Any) -> Node:
+    def multiply_estimate(self, plan: GemmPlan) -> Node:
         """The product [N, K] of a packed estimate of grad_output and the input, both in float8."""
         edit, gemm = self._edit, plan.gemm.node
+        both = self._draw(plan)
+        packed = edit.call_before(gemm, operator.getitem, (both, 0))
         operand = self._operand(plan, sparse_ops.quantize_float8.default)
         if plan.gemm.places["input"] == 1:  # [M, K]
             operand = edit.call_before(gemm, aten.permute.default, (operand, [1, 0]))
         contiguous = {"memory_format": torch.contiguous_format}
         turned = edit.call_before(gemm, aten.clone.default, (operand,), contiguous)
+        rows: Any = both.meta["val"][1].shape[1]
+        if not isinstance(rows, int):
+            rows = edit.call_before(gemm, aten.sym_size.int, (edit.call_before(gemm, operator.getitem, (both, 1)), 1))
         tuned = {"tuned": True} if plan.tuned else {}
         product = edit.call_before(gemm, sparse_ops.grad_weight_t.default, (packed, turned, rows), tuned)
         assert plan.rounded is not None
         return self._unscaled(gemm, product, (self._scales[plan.rounded], self.scale_of_estimate(plan)))
+
+    def _draw(self, plan: GemmPlan) -> Node:
+        """The estimate of grad_output packed, and grad_output quantized [M, N]."""
+        if plan in self._drawn:
+            return self._drawn[plan]
+        edit, rounded = self._edit, plan.estimated
+        assert rounded is not None
+        before = rounded.before if self._estimates[rounded] is plan else plan.gemm.node
+        source, views = self._matrix(plan)
+        scale = self._scale(rounded, source)
+        matrix = edit.replay(views, source, source, before)
+        if plan.gemm.places["grad_output"] == 0 and not is_flip(operand_of(plan.gemm.node, 0)):
+            matrix = edit.flipped(matrix, before)
+        arguments = matrix, edit.seed(before), scale
+        self._drawn[plan] = edit.call_before(before, sparse_ops.sparsify_mvue_float8.default, arguments)
+        return self._drawn[plan]
+
+    def _matrix(self, plan: GemmPlan) -> tuple[Node, tuple[Node, ...]]:
+        """grad_output, and the moves that make [M, N] of it."""
+        assert plan.gemm.structured_read is not None
+        source, chain = plan.gemm.structured_read.resolved()
+        if plan.gemm.places["grad_output"] == 0 and chain and is_flip(chain[-1]):
+            chain = chain[:-1]
+        return source, chain
+
+    def _quantized_with_estimate(self, rounded: Rounded) -> Node | None:
+        """grad_output quantized by the kernel that packs the estimate of it, if it is read as [M, N] there."""
+        plan = self._estimates.get(rounded)
+        if plan is None:
+            return None
+        source, moves = self._matrix(plan)
+        sizes = source.meta["val"].shape
+        turned = plan.gemm.places["grad_output"] == 0 and not is_flip(operand_of(plan.gemm.node, 0))
+        viewed = all(node.target in _VIEWS for node in moves)
+        if turned or not viewed or (moves and not all(isinstance(size, int) for size in sizes)):
+            return None
+        quantized = self._edit.call_before(rounded.before, operator.getitem, (self._draw(plan), 1))
+        return (
+            self._edit.call_before(rounded.before, aten.reshape.default, (quantized, list(sizes)))
+            if moves
+            else quantized
+        )
 
     def _unscaled(self, gemm: Node, product: Node, scales: tuple[Node, Node], bias: Any = None) -> Node:
         """The product of scaled values, without their scales and in the dtype of the GEMM."""
@@ -141,7 +196,8 @@ class RoundedOperands:
         source, chain = read.resolved()
         scale = self._scale(rounded, source)
         if (rounded, op) not in self._made:
-            self._made[rounded, op] = self._edit.call_before(rounded.before, op, (source, scale))
+            made = self._quantized_with_estimate(rounded) if op is sparse_ops.quantize_float8.default else None
+            self._made[rounded, op] = made or self._edit.call_before(rounded.before, op, (source, scale))
         return self._edit.replay(chain, source, self._made[rounded, op], read.gemm)
 
     def _scale(self, rounded: Rounded, source: Node) -> Node:

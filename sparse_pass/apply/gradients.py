@@ -18,9 +18,8 @@ and as masked_dense::
 
 In float8 (`float8`; q is what output multiplies, of which this reads the transpose)::
 
-    s      = mul(float8_scale(dy), 0.5)
-    packed = sparse_pass.sparsify_mvue_float8(dy, seed, s)
-    dw     = cast(cast(sparse_pass.grad_weight_t(packed, clone(permute(q)), N), float32) / (s * sx))
+    packed, qdy = sparse_pass.sparsify_mvue_float8(dy, seed, s)                 qdy: what grad_input multiplies
+    dw = cast(cast(sparse_pass.grad_weight_t(packed, clone(permute(q)), N), float32) / (s / 2 * sx))
 
 Each GEMM has a seed of its own, of torch's generator of the device.
 """
@@ -41,8 +40,6 @@ from .editor import Editor, sparse_ops
 from .float8 import RoundedOperands
 
 _PRODUCTS = {"grad_weight": sparse_ops.grad_weight.default, "grad_input": sparse_ops.grad_input.default}
-_SEEDS = 2**62
-"""How many seeds there are: what torch.randint and Inductor's own random numbers can draw from."""
 
 
 def estimate_gradients(edit: Editor, part: Part, rounded: RoundedOperands) -> None:
@@ -52,22 +49,16 @@ def estimate_gradients(edit: Editor, part: Part, rounded: RoundedOperands) -> No
         estimator = ESTIMATORS[plan.prepared.structure]
         # The dim that the GEMM contracts over comes first: M for grad_weight, N for grad_input.
         grad_output = edit.contracted_first(gemm, place)
-        arguments = [grad_output, _seed(edit, gemm)] if estimator.random else [grad_output]
+        if plan.estimated is not None and plan.packed is not None:
+            edit.finish_gradient(gemm, rounded.multiply_estimate(plan), turned=place == 1)
+            continue
+        arguments = [grad_output, edit.seed(gemm)] if estimator.random else [grad_output]
         if plan.packed is None:
             kept = edit.call_before(gemm, _operator(estimator.dense), tuple(arguments))
             if plan.estimated is not None:
                 kept = rounded.round_estimate(plan, kept)
                 rounded.feed(plan)
             edit.feed_at(gemm, place, edit.flipped(kept, gemm) if place == 0 else kept)
-            continue
-        rows = grad_output.meta["val"].shape[1]
-        if not isinstance(rows, int):
-            rows = edit.call_before(gemm, aten.sym_size.int, (grad_output, 1))
-        if plan.estimated is not None:
-            arguments.append(rounded.scale_of_estimate(plan))
-            packed = edit.call_before(gemm, _operator(estimator.packed_float8), tuple(arguments))
-            result = rounded.multiply_estimate(plan, packed, rows)
-            edit.finish_gradient(gemm, result, turned=place == 1)
             continue
         sums = plan.prepared.sums
         packed = edit.call_before(
@@ -78,19 +69,12 @@ def estimate_gradients(edit: Editor, part: Part, rounded: RoundedOperands) -> No
             packed = edit.call_before(gemm, operator.getitem, (packed, 0))
         other = operand_of(gemm, 1 - place)
         other = edit.flipped(other, gemm) if place == 1 else other
+        rows = grad_output.meta["val"].shape[1]
+        if not isinstance(rows, int):
+            rows = edit.call_before(gemm, aten.sym_size.int, (grad_output, 1))
         product, tuned = _PRODUCTS[plan.gemm.name], {"tuned": True} if plan.tuned else {}
         result = edit.call_before(gemm, product, (packed, other, rows), tuned)
         edit.finish_gradient(gemm, result, turned=place == 1)
-
-
-def _seed(edit: Editor, gemm: Node) -> Node:
-    kwargs = {
-        "dtype": torch.int64,
-        "layout": torch.strided,
-        "device": gemm.meta["val"].device,
-        "pin_memory": False,
-    }
-    return edit.call_before(gemm, aten.randint.low, (0, _SEEDS, [1]), kwargs)
 
 
 def _replace_sums(edit: Editor, sums: Sequence[Node], both: Node) -> None:

@@ -35,9 +35,10 @@ def _as_hardware_rounds(x):
 
 @triton.jit
 def quantized(x, scale):
-    """e4m3 of clamp(x * scale), as a number from 0 to 255; NaN stays one."""
-    scaled = tl.clamp(x.to(tl.float32) * scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    """e4m3 of clamp(x * scale), as a number from 0 to 255; NaN stays one. The conversion of the hardware clamps."""
+    scaled = x.to(tl.float32) * scale
     if _INTERPRETED:
+        scaled = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         scaled = _as_hardware_rounds(scaled)
     return scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
 

@@ -160,6 +160,8 @@ def dense_matmul(problem: Problem, kept: Tensor, dense: Tensor, bias: Tensor | N
         return lambda: torch.nn.functional.linear(kept, dense)
     if problem.form == "grad_input":
         return lambda: kept @ dense
+    if problem.form == "grad_weight_t":
+        return lambda: kept @ dense.T
     turned = kept.T.contiguous()  # dY or S(X) as a dense layer has it
     if problem.form == "grad_weight":
         return lambda: turned.T @ dense

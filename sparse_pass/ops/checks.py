@@ -111,6 +111,8 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> None:
 def sparsify_mvue_float8(grad: Tensor, seed: Tensor, scale: Tensor) -> None:
     sparsify_mvue(grad, seed)
     round_float8(grad, scale)
+    if isinstance(grad.shape[1], int) and grad.shape[1] % TILE:
+        raise ValueError(f"grad is {list(grad.shape)}; its columns must be a multiple of {TILE}: use mvue24")
 
 
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> None:

@@ -119,9 +119,9 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
         return backend.pack(_whole_tiles(mvue24(grad, seed)).T)
 
 
-def sparsify_mvue_float8(grad: Tensor, seed: Tensor, scale: Tensor) -> Tensor:
+def sparsify_mvue_float8(grad: Tensor, seed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     if grad.numel() == 0:
-        return grad.new_empty(0, dtype=FLOAT8)
+        return grad.new_empty(0, dtype=FLOAT8), grad.new_empty(grad.shape, dtype=FLOAT8)
     with _current(grad):
         backend = backend_of(grad.device, FLOAT8)
         if (pack := backend.packer("sparsify_mvue_float8", grad.dtype)) is not None:

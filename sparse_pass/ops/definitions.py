@@ -10,7 +10,7 @@ Of weights W [N, K], inputs X [M, K] and gradients dY [M, N]; Mp and Np are M an
     sparsify_one      W -> one of the two          sparsify_float8   W, scale -> S(q(W)) and its transpose, packed
     sparsify_input    X -> S(x) [Mp, K] and S(x)^T [K, Mp], packed       x = activation(X), or of X and a gate
     sparsify_mvue     dY -> MVUE(dY)^T [Np, Mp], packed
-    sparsify_mvue_float8  dY, scale -> q(MVUE(dY))^T, packed
+    sparsify_mvue_float8  dY, scale -> q(MVUE(dY))^T, packed, and q(dY)
     sparsify_mvue_sum the same, and sums of dY over 64 rows each, float32 [Mp / 64, N], for the gradient of a bias
     linear            X, S(W) -> X S(W)^T + b [M, N]     grad_weight        MVUE(dY)^T, X -> MVUE(dY)^T X [N, K]
                                                          grad_weight_t      the same of MVUE(dY)^T and X^T
@@ -153,11 +153,9 @@ SPARSIFY_MVUE = define(
     cuda=cuda.sparsify_mvue,
 )
 SPARSIFY_MVUE_FLOAT8 = define(
-    "sparsify_mvue_float8(Tensor grad, Tensor seed, Tensor scale) -> Tensor",
+    "sparsify_mvue_float8(Tensor grad, Tensor seed, Tensor scale) -> (Tensor, Tensor)",
     check=checks.sparsify_mvue_float8,
-    fake=lambda grad, seed, scale: grad.new_empty(
-        packed_numel(grad.shape[1], padded(grad.shape[0]), FLOAT8), dtype=FLOAT8
-    ),
+    fake=lambda grad, seed, scale: (_packed(grad, FLOAT8), grad.new_empty(grad.shape, dtype=FLOAT8)),
     cpu=float8.sparsify_mvue,
     cuda=cuda.sparsify_mvue_float8,
 )

@@ -178,6 +178,9 @@ def _lower_packer(name: str, count: int) -> Callable[..., Any]:
         if kernel is None or rows is None or cols is None or source.get_dtype() == torch.float64:
             return _call_op(op, source, *rest, **kwargs)
         layouts = [ir.FixedLayout(device, dtype, [packed_numel(rows, cols, dtype)], [1]) for _ in range(count)]
+        if name == "sparsify_mvue_float8":
+            sizes = source.get_size()
+            layouts.append(ir.FixedLayout(device, dtype, sizes, [sizes[1], 1]))
         if name == "sparsify_mvue_sum":
             layouts.append(ir.FixedLayout(device, torch.float32, [rows // KERNEL_TILE, cols], [cols, 1]))
         # Tensors come first, and None in the place of one among the constants.

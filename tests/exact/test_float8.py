@@ -258,8 +258,9 @@ def test_estimate_by_hand(dtype: torch.dtype) -> None:
     kept = sparse.mvue24(grad, seed).float()
     assert float(kept.abs().max()) * half <= 448
     q, qx = (kept * half).to(torch.float8_e4m3fn), (x.float() * 8).to(torch.float8_e4m3fn)
-    packed = sparse.sparsify_mvue_float8(grad, seed, torch.tensor(half))
+    packed, quantized = sparse.sparsify_mvue_float8(grad, seed, torch.tensor(half * 2))
     assert packed.dtype == torch.float8_e4m3fn
+    assert torch.equal(quantized.float(), (grad.float() * half * 2).to(torch.float8_e4m3fn).float())
     made = sparse.grad_weight_t(packed, qx.T.contiguous(), 128)
     assert torch.equal(made, (q.float().T @ qx.float()).bfloat16())
 

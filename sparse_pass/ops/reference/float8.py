@@ -47,13 +47,14 @@ def sparsify(weight: Tensor, scale: Tensor, mask: str, factor: float = 1.0) -> t
     return weights.pack(values, kept), weights.pack(values.view(torch.uint8).T.contiguous().view(E4M3), kept.T)
 
 
-def sparsify_mvue(grad: Tensor, seed: Tensor, scale: Tensor) -> Tensor:
-    """q(MVUE(grad))^T packed, as `gradients.sparsify_mvue`, whose values are rounded to the dtype of grad before.
+def sparsify_mvue(grad: Tensor, seed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """q(MVUE(grad))^T packed, as `gradients.sparsify_mvue`, whose values are rounded to the dtype of grad before; and
+    q(grad), contiguous.
 
-    MVUE is at most twice as large as what it estimates: half the scale of grad cuts nothing off.
+    scale: of grad. MVUE is at most twice as large as what it estimates: half the scale cuts nothing off.
     """
     values, kept = gradients.estimate(grad, seed)
-    return weights.pack(quantize(values, scale), kept)
+    return weights.pack(quantize(values, scale * 0.5), kept), quantize(grad, scale).contiguous()
 
 
 def rounded(tensor: Tensor, scale: Tensor) -> Tensor:
