@@ -12,7 +12,7 @@ and sparse, where the product is that of the scaled values::
 
     q = sparse_pass.quantize_float8(x, sx)
     packed, packed_t = sparse_pass.sparsify_float8(w, sw, "optimal")
-    y = cast(cast(sparse_pass.linear(view(q), packed, None, N), float32) / (sx * sw) + b)
+    y = cast(cast(sparse_pass.linear(view(q), packed, None, N), float32) * float8_inverse(sx, sw) + b)
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ class RoundedOperands:
     def _unscaled(self, gemm: Node, product: Node, scales: tuple[Node, Node], bias: Any = None) -> Node:
         """The product of scaled values, without their scales and in the dtype of the GEMM."""
         edit = self._edit
-        both = edit.call_before(gemm, aten.mul.Tensor, scales)
+        inverse = edit.call_before(gemm, sparse_ops.float8_inverse.default, scales)
         result = edit.call_before(gemm, _CAST, (product, torch.float32))
-        # A product of two powers of two is one: this rounds nothing.
-        result = edit.call_before(gemm, aten.div.Tensor, (result, both))
+        # A product of powers of two is one: this rounds nothing.
+        result = edit.call_before(gemm, aten.mul.Tensor, (result, inverse))
         if bias is not None:
             result = edit.call_before(gemm, aten.add.Tensor, (result, bias))
         return edit.call_before(gemm, _CAST, (result, gemm.meta["val"].dtype))

@@ -19,7 +19,7 @@ and as masked_dense::
 In float8 (`float8`; q is what output multiplies, of which this reads the transpose)::
 
     packed, qdy = sparse_pass.sparsify_mvue_float8(dy, seed, s)                 qdy: what grad_input multiplies
-    dw = cast(cast(sparse_pass.grad_weight_t(packed, clone(permute(q)), N), float32) / (s / 2 * sx))
+    dw = cast(cast(sparse_pass.grad_weight_t(packed, clone(permute(q)), N), float32) * float8_inverse(s / 2, sx))
 
 Each GEMM has a seed of its own, of torch's generator of the device.
 """

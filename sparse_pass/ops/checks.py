@@ -38,6 +38,12 @@ def float8_scale(tensor: Tensor, factor: float = 1.0) -> None:
         raise ValueError(f"an empty tensor {list(tensor.shape)} has no largest magnitude; leave it as it is")
 
 
+def float8_inverse(scale: Tensor, other: Tensor) -> None:
+    for one in (scale, other):
+        if one.dtype != torch.float32 or one.dim() != 0 or one.device != scale.device:
+            raise ValueError(f"a scale is one float32 without dims, not {one.dtype} {list(one.shape)} on {one.device}")
+
+
 def round_float8(tensor: Tensor, scale: Tensor) -> None:
     if not _is_compared(tensor):
         raise ValueError(f"float16, bfloat16, float32 or float64 is rounded to float8, not {tensor.dtype}")

@@ -5,6 +5,7 @@ Of weights W [N, K], inputs X [M, K] and gradients dY [M, N]; Mp and Np are M an
     mask24            W -> bool [N, K]                   input_mask24       X [..., K] -> bool [..., K]
     mvue24            dY -> MVUE(dY) [M, N], dense
     float8_scale      T -> its scale, a power of two: float32, no dims
+    float8_inverse    of two scales, 1 / (s s')
     quantize_float8   T, scale -> q(T), float8     round_float8   the same, back in the dtype of T
     sparsify          W -> scale S(W) [N, K] and its transpose [K, N], packed
     sparsify_one      W -> one of the two          sparsify_float8   W, scale -> S(q(W)) and its transpose, packed
@@ -98,6 +99,13 @@ FLOAT8_SCALE = define(
     fake=lambda tensor, factor=1.0: tensor.new_empty([], dtype=torch.float32),
     cpu=float8.scale,
     cuda=float8.scale,
+)
+FLOAT8_INVERSE = define(
+    "float8_inverse(Tensor scale, Tensor other) -> Tensor",
+    check=checks.float8_inverse,
+    fake=lambda scale, other: torch.empty_like(scale),
+    cpu=float8.inverse,
+    cuda=float8.inverse,
 )
 ROUND_FLOAT8 = define(
     "round_float8(Tensor tensor, Tensor scale) -> Tensor",

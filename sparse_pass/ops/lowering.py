@@ -214,6 +214,7 @@ def register() -> None:
     lowers |= {name: _lower_packer(name, count) for name, count in _PACKERS.items()}
     lowers |= {
         "float8_scale": _lower_fused("float8_scale", lowering_float8.scale),
+        "float8_inverse": _lower_fused("float8_inverse", lowering_float8.inverse),
         "quantize_float8": _lower_fused("quantize_float8", lowering_float8.quantize),
     }
     for name, lower in lowers.items():

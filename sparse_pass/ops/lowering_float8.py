@@ -23,8 +23,11 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 def scale(tensor: Any, factor: float = 1.0) -> Any:
     """`reference.float8.scale`."""
-    sizes = lowerings[aten.abs.default](tensor)
-    largest = _cast(lowerings[aten.amax.default](sizes, list(range(len(tensor.get_size())))), torch.float32)
+    largest = lowerings[aten.abs.default](tensor)
+    if len(tensor.get_size()) > 1:
+        # Row by row first, as norms and elementwise kernels go through it: fused with the one that makes the tensor.
+        largest = lowerings[aten.amax.default](largest, [-1])
+    largest = _cast(lowerings[aten.amax.default](largest, list(range(len(largest.get_size())))), torch.float32)
     if factor != 1.0:
         largest = lowerings[aten.mul.Tensor](largest, factor)
     quotient = lowerings[aten.div.Tensor](LARGEST, lowerings[aten.clamp_min.default](largest, SMALLEST))
@@ -32,6 +35,13 @@ def scale(tensor: Any, factor: float = 1.0) -> Any:
     power = lowerings[aten.view.dtype](bits, torch.float32)
     finite = lowerings[aten.lt.Scalar](largest, float("inf"))
     return lowerings[aten.where.self](finite, power, float("nan"))
+
+
+def inverse(scale: Any, other: Any) -> Any:
+    """`reference.float8.inverse`: one number in memory, so that what reads it reads one tensor less."""
+    result = lowerings[aten.reciprocal.default](lowerings[aten.mul.Tensor](scale, other))
+    result.realize()
+    return result
 
 
 def quantize(tensor: Any, scale: Any) -> Any:

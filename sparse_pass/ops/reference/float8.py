@@ -33,6 +33,11 @@ def scale(tensor: Tensor, factor: float = 1.0) -> Tensor:
     return torch.where(largest < float("inf"), power, float("nan"))
 
 
+def inverse(scale: Tensor, other: Tensor) -> Tensor:
+    """What a product of two quantized tensors is multiplied by: 1 / (s s'), a power of two, float32, no dims."""
+    return (scale * other).reciprocal()
+
+
 def quantize(tensor: Tensor, scale: Tensor) -> Tensor:
     """q(T): e4m3, in the shape and the memory order of T. Rounds to nearest, ties to even."""
     scaled = tensor.detach().to(torch.float32) * scale
