@@ -28,7 +28,7 @@ from .memory import empty_packed
 def _pair(group, scale, DTYPE: tl.constexpr):
     """The two kept values of a group in float8: a number of 16 bits."""
     first, second = tiles.numbers(group[0], DTYPE)
-    return layout_float8.quantized(first, scale) | (layout_float8.quantized(second, scale) << 8)
+    return layout_float8.pair(first, second, scale)
 
 
 @triton.jit
@@ -54,9 +54,7 @@ def _mvue_kernel(
     R = tl.arange(0, 16)[:, None]
     C = tl.arange(0, 16)[None, :]
     for i in tl.static_range(4):
-        word = layout_float8.quantized(x[4 * i], scale) | (layout_float8.quantized(x[4 * i + 1], scale) << 8)
-        word |= layout_float8.quantized(x[4 * i + 2], scale) << 16
-        word |= layout_float8.quantized(x[4 * i + 3], scale) << 24
+        word = layout_float8.word(x, 4 * i, 1, scale)
         at = quantized_ptr + (m + 4 * R + i).to(tl.int64) * (N >> 2) + (n >> 2) + C
         if BOUNDED:
             tl.store(at, word, mask=(m + 4 * R + i < M) & (n + 4 * C < N))
