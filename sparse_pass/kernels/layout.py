@@ -1,7 +1,7 @@
 """Pack tiles: what all layouts share, and the metadata of cuSPARSELt's on SM90 (Triton device functions).
 
-The layout, byte for byte, is "sm90" of `ops.reference.weights.pack`; `layouts` has the others. Tensors and tile masks are those of `masks`; here
-they are [16, 16] for a 64x64 block, R the tile's row in it and C its column.
+The layout, byte for byte, is "sm90" of `ops.reference.weights.pack`; `layouts` has the others. Tensors and tile masks
+are those of `masks`; here they are [16, 16] for a 64x64 block, R the tile's row in it and C its column.
 """
 
 # Triton reads the device functions, which mypy does not; it has no unpacking in tuples.

@@ -19,7 +19,7 @@ from .layout import pair_up, shuffled
 
 @triton.jit
 def store_metadata(metadata_ptr, codes, n, k, N, K, LAYOUT: tl.constexpr):
-    """codes: [16, 16], R by C, byte i the metadata nibble of row 4R + i. metadata_ptr: int32, all metadata of [N, K]."""
+    """codes: [16, 16], R by C, byte i the metadata nibble of row 4R + i. metadata_ptr: int32, that of [N, K]."""
     if LAYOUT == "sm90":
         layout.store_metadata(metadata_ptr + ((n.to(tl.int64) * K + k * 64) >> 5), codes)
     elif LAYOUT == "sm80":

@@ -207,9 +207,7 @@ class _How(NamedTuple):
     layout: Layout
 
 
-def _launch(
-    source: Tensor, gate: Tensor | None, how: _How, results: tuple[Tensor | None, Tensor | None]
-) -> None:
+def _launch(source: Tensor, gate: Tensor | None, how: _How, results: tuple[Tensor | None, Tensor | None]) -> None:
     """results: of S and of its transpose; either may be None."""
     rows, cols = source.shape
     packed, packed_t = results

@@ -130,7 +130,7 @@ def times(called: Called, library: FakeCusparselt, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_fastest_wins(times: dict[int | str, float], form: Form) -> None:
-    last = measure.algorithms((0, 8, 0), BFLOAT16, form)[-1]
+    last = measure.algorithms((0, 8, 0), BFLOAT16, form, (9, 0))[-1]
     times[last] = 10.0
     assert measure.timing_of(problem(form), measure=True) == Timing(last, 10.0, 25.0)
 
@@ -212,7 +212,7 @@ def test_results_that_change_from_launch_to_launch(
     library.unsteady = True
     times[4] = 1.0
     assert measure.timing_of(problem(), measure=True) == Timing(0, 50.0, 25.0)
-    assert caplog.text.count("disagrees") == len(measure.algorithms((0, 8, 0), BFLOAT16, "linear"))
+    assert caplog.text.count("disagrees") == len(measure.algorithms((0, 8, 0), BFLOAT16, "linear", (9, 0)))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,8 @@ def test_what_an_operand_costs(
     rows = 64 if operand == "S(W)" else 70
 
     def cost() -> Timing:
-        return measure.preparation_of(operand, -1, (rows, 64), BFLOAT16, BFLOAT16, mask)
+        packers = measure.Packers("sm90", backends.SM90.packer)
+        return measure.preparation_of(packers, operand, -1, (rows, 64), (BFLOAT16, BFLOAT16), mask)
 
     assert cost() == Timing(0, 3.0, 7.0)
     called.clear()

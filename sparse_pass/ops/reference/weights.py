@@ -168,8 +168,8 @@ def pack(weight: Tensor, mask: Tensor, layout: Layout = "sm90") -> Tensor:
     weight: [N, K] of 16 bits, or float8 in the layout "sm90"; N and K multiples of 64, N of 128 in the layout "sm80";
     mask: bool [N, K], at most two in a group of four. Returns 1-D, weight's dtype, `packed_numel` elements: N * K / 2
     values, row-major [N, K / 2], each group's two in column order; then N * K / 8 bytes of metadata, a nibble
-    i0 | i1 << 2 (i0 < i1 the kept columns) a group, in the order of the layout, see `_METADATA`: an even position is the
-    low half of its byte. "dense" is not compressed: N * K values, row-major, zero where the mask is.
+    i0 | i1 << 2 (i0 < i1 the kept columns) a group, in the order of the layout, see `_METADATA`: an even position is
+    the low half of its byte. "dense" is not compressed: N * K values, row-major, zero where the mask is.
 
     A kept zero keeps its index. A group with fewer than two kept takes its lowest free columns, with value 0.
     """
