@@ -143,8 +143,8 @@ LIBRARY = Backend(
     is_measured=True,
     check=_check_size,
 )
-"""Whatever layout cuSPARSELt has on the device, as on SM100 and SM120: masked by kernels of ours, packed by the library,
-by cached descriptors, and multiplied by cached plans."""
+"""Whatever layout cuSPARSELt has on the device, as on SM100 and SM120: masked by kernels of ours, packed by the library
+with cached descriptors, and multiplied with cached plans."""
 
 COMPRESS = Backend(name="compress", pack=torch_cslt.compress, multiply=torch_cslt.product)
 """Whatever layout cuSPARSELt has on the device, packed and multiplied by torch's own calls."""

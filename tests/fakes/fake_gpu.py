@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_pass import kernels
 from sparse_pass.kernels import cusparselt
+from sparse_pass.ops import definitions
 from sparse_pass.ops.reference import gradients as reference_gradients
 from sparse_pass.ops.reference import inputs as reference_inputs
 from sparse_pass.ops.reference import weights as reference
@@ -143,6 +144,18 @@ def cuda_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "Generator", lambda device: generator())
     with CudaIsTheCpu():
         yield
+
+
+@contextmanager
+def device_operators() -> Iterator[None]:
+    """The operators do with tensors of the CPU what they would do with those of the device."""
+    here = torch.library.Library("sparse_pass", "IMPL")
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("sparse_pass::"):
+            op = name.partition("::")[2]
+            here.impl(op, getattr(definitions, op.upper()).cuda, "CPU", allow_override=True)
+    yield
+    here._destroy()
 
 
 class Clock:
