@@ -16,6 +16,12 @@ and as masked_dense::
     kept = sparse_pass.mvue24(dy, seed)                   kept_1 = sparse_pass.mvue24(permute(dy), seed_1)
     dw   = mm(permute(kept), x)                           dx     = mm(permute(kept_1), w)
 
+In float8 (`float8`; q is what output multiplies, of which this reads the transpose)::
+
+    s      = mul(float8_scale(dy), 0.5)
+    packed = sparse_pass.sparsify_mvue_float8(dy, seed, s)
+    dw     = cast(cast(sparse_pass.grad_weight_t(packed, clone(permute(q)), N), float32) / (s * sx))
+
 Each GEMM has a seed of its own, of torch's generator of the device.
 """
 
@@ -32,13 +38,14 @@ from ..graph.gemms import aten, operand_of
 from ..plan.table import ESTIMATORS
 from ..plan.values import Part
 from .editor import Editor, sparse_ops
+from .float8 import RoundedOperands
 
 _PRODUCTS = {"grad_weight": sparse_ops.grad_weight.default, "grad_input": sparse_ops.grad_input.default}
 _SEEDS = 2**62
 """How many seeds there are: what torch.randint and Inductor's own random numbers can draw from."""
 
 
-def estimate_gradients(edit: Editor, part: Part) -> None:
+def estimate_gradients(edit: Editor, part: Part, rounded: RoundedOperands) -> None:
     """Give gradients of one call a 2:4 grad_output, by the sparse kernel or by a dense matmul of the same numbers."""
     for plan in part.gemms:
         gemm, place = plan.gemm.node, plan.gemm.places["grad_output"]
@@ -48,7 +55,19 @@ def estimate_gradients(edit: Editor, part: Part) -> None:
         arguments = [grad_output, _seed(edit, gemm)] if estimator.random else [grad_output]
         if plan.packed is None:
             kept = edit.call_before(gemm, _operator(estimator.dense), tuple(arguments))
+            if plan.estimated is not None:
+                kept = rounded.round_estimate(plan, kept)
+                rounded.feed(plan)
             edit.feed_at(gemm, place, edit.flipped(kept, gemm) if place == 0 else kept)
+            continue
+        rows = grad_output.meta["val"].shape[1]
+        if not isinstance(rows, int):
+            rows = edit.call_before(gemm, aten.sym_size.int, (grad_output, 1))
+        if plan.estimated is not None:
+            arguments.append(rounded.scale_of_estimate(plan))
+            packed = edit.call_before(gemm, _operator(estimator.packed_float8), tuple(arguments))
+            result = rounded.multiply_estimate(plan, packed, rows)
+            edit.finish_gradient(gemm, result, turned=place == 1)
             continue
         sums = plan.prepared.sums
         packed = edit.call_before(
@@ -59,9 +78,6 @@ def estimate_gradients(edit: Editor, part: Part) -> None:
             packed = edit.call_before(gemm, operator.getitem, (packed, 0))
         other = operand_of(gemm, 1 - place)
         other = edit.flipped(other, gemm) if place == 1 else other
-        rows = grad_output.meta["val"].shape[1]
-        if not isinstance(rows, int):
-            rows = edit.call_before(gemm, aten.sym_size.int, (grad_output, 1))
         product, tuned = _PRODUCTS[plan.gemm.name], {"tuned": True} if plan.tuned else {}
         result = edit.call_before(gemm, product, (packed, other, rows), tuned)
         edit.finish_gradient(gemm, result, turned=place == 1)

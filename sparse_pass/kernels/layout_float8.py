@@ -34,7 +34,7 @@ def _as_hardware_rounds(x):
 
 
 @triton.jit
-def _quantized(x, scale):
+def quantized(x, scale):
     """e4m3 of clamp(x * scale), as a number from 0 to 255; NaN stays one."""
     scaled = tl.clamp(x.to(tl.float32) * scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     if _INTERPRETED:
@@ -45,9 +45,9 @@ def _quantized(x, scale):
 @triton.jit
 def quantize(x, scale):
     """The sixteen tensors of a block, as `masks` has them, in float8: numbers from 0 to 255."""
-    q = (_quantized(x[0], scale),)
+    q = (quantized(x[0], scale),)
     for place in tl.static_range(1, 16):
-        q = q + (_quantized(x[place], scale),)
+        q = q + (quantized(x[place], scale),)
     return q
 
 

@@ -13,12 +13,20 @@ from torch import Tensor
 from ..vocabulary import padded
 from . import mvue
 from . import sparsify as masked
-from .compiled import grad_input_into, grad_weight_into, input_grad_weight_into, input_linear_into, linear_into
+from .compiled import (
+    grad_input_into,
+    grad_weight_into,
+    grad_weight_t_into,
+    input_grad_weight_into,
+    input_linear_into,
+    linear_into,
+)
 from .compressor import pack
 
 __all__ = [
     "grad_input_into",
     "grad_weight_into",
+    "grad_weight_t_into",
     "input_grad_weight_into",
     "input_linear_into",
     "linear_into",

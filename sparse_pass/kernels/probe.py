@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..vocabulary import MIN_CAPABILITY, packed_numel
+from ..vocabulary import FLOAT8, FLOAT8_CAPABILITY, MIN_CAPABILITY, packed_numel
 from . import backends
 from .backends import Backend
 
@@ -71,10 +71,12 @@ def _backend(device: int, dtype: torch.dtype) -> Backend | str:
         if not candidates:
             return f"{LAYOUT_VARIABLE}={forced!r} names no layout of {dtype}: expected one of {known}"
     if not candidates:
-        return f"no 2:4 kernels for {dtype}; float16 and bfloat16 have them"
+        return f"no 2:4 kernels for {dtype}, only for float16, bfloat16 and float8_e4m3fn"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"SM {capability[0]}.{capability[1]} has no 2:4 tensor cores; they begin with SM 8.0"
+    if dtype == FLOAT8 and capability < FLOAT8_CAPABILITY:
+        return f"SM {capability[0]}.{capability[1]} has no float8 tensor cores; they begin with SM 8.9"
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the 2:4 kernels of cuda:{device} must be tried before a CUDA graph capture: run the model once first"
@@ -103,11 +105,14 @@ def _first_right(candidates: list[Backend], device: int, dtype: torch.dtype) -> 
 
 
 def _linear(of: Backend, weight: Tensor, transposed: bool, input: Tensor, bias: Tensor | None) -> Tensor:
-    if (pack := of.packer("sparsify", weight.dtype)) is not None:
+    """weight: in bfloat16 where the product is one of float8."""
+    if input.dtype == FLOAT8 and (pack := of.packer("sparsify_float8", weight.dtype)) is not None:
+        packed = pack(weight, weight.new_ones((), dtype=torch.float32), "optimal")[int(transposed)]
+    elif input.dtype != FLOAT8 and (pack := of.packer("sparsify", weight.dtype)) is not None:
         packed = pack(weight, "optimal", weight.dtype)[int(transposed)]
     else:
-        packed = of.pack(weight.T if transposed else weight)
-    if packed.numel() != packed_numel(*weight.shape):
+        packed = of.pack((weight.T if transposed else weight).to(input.dtype))
+    if packed.numel() != packed_numel(weight.shape[0], weight.shape[1], input.dtype):
         raise RuntimeError(f"{list(weight.shape)} is packed into {packed.numel()} elements")
     return of.multiply("linear", input, packed, weight.shape[int(transposed)], bias, False)
 
@@ -131,15 +136,14 @@ def _error_of_shape(of: Backend, n: int, k: int, dtype: torch.dtype, transposed:
     weight = _integers(n, k, 5) * _two_of_four(n, k)
     input = _integers(64, n if transposed else k, 3)
     dense = input @ (weight if transposed else weight.T)
-    biases = [_integers(1, dense.shape[1], step)[0] for step in (7, 11)]
+    biases = [] if dtype == FLOAT8 else [_integers(1, dense.shape[1], step)[0] for step in (7, 11)]
     # Both at once: the second in the memory of the first would be right by the first one's address, too.
     placed = [bias.to(device="cuda", dtype=dtype) for bias in biases]
-    worst = 0.0
+    worst, stored = 0.0, torch.bfloat16 if dtype == FLOAT8 else dtype
     for bias, there in ((None, None), *zip(biases, placed, strict=True)):
         expected = dense if bias is None else dense + bias
-        output = _linear(
-            of, weight.to(device="cuda", dtype=dtype), transposed, input.to(device="cuda", dtype=dtype), there
-        )
+        placed_weight = weight.to(device="cuda", dtype=stored)
+        output = _linear(of, placed_weight, transposed, input.to(device="cuda", dtype=dtype), there)
         error = (output.double().cpu() - expected).norm() / expected.norm()
         worst = max(worst, float(error) if error == error else float("inf"))
     return worst

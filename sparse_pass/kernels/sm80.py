@@ -14,11 +14,19 @@ from torch import Tensor
 from ..vocabulary import padded
 from . import library_packed, mvue
 from . import sparsify as packed
-from .compiled import grad_input_into, grad_weight_into, input_grad_weight_into, input_linear_into, linear_into
+from .compiled import (
+    grad_input_into,
+    grad_weight_into,
+    grad_weight_t_into,
+    input_grad_weight_into,
+    input_linear_into,
+    linear_into,
+)
 
 __all__ = [
     "grad_input_into",
     "grad_weight_into",
+    "grad_weight_t_into",
     "input_grad_weight_into",
     "input_linear_into",
     "linear_into",
