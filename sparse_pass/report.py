@@ -19,8 +19,8 @@ Dim: TypeAlias = "int | torch.SymInt | str"
 class Site:
     """One named linear in one compiled graph.
 
-    A GEMM field holds its kernel: ``"cusparselt"``, ``"masked_dense"``, ``"dense"``, ``"reference"``
-    (CPU kernels, for tests), or None where the graph has no such GEMM.
+    A GEMM field holds its kernel: ``"cusparselt"``, ``"cutlass"`` (of torch, on SM8x without cuSPARSELt),
+    ``"masked_dense"``, ``"dense"``, ``"reference"`` (CPU kernels, for tests), or None where the graph has no such GEMM.
     """
 
     fqn: str

@@ -36,6 +36,11 @@ FLOAT8_CAPABILITY = (8, 9)
 MASKS = ("optimal", "greedy")
 """Masks of 4x4 tiles, two of four along rows and columns."""
 
+Layout = Literal["sm90", "sm80", "cutlass", "dense"]
+"""Orders of a packed matrix, `ops.reference.weights.pack`: of cuSPARSELt on SM90 and on SM8x, and of CUTLASS on SM8x;
+"dense" is the masked matrix as it is, which a library packs."""
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
 Form = Literal["linear", "grad_weight", "grad_weight_t", "input", "input_grad_weight", "grad_input"]
 FORMS: tuple[Form, ...] = get_args(Form)
 _Size = TypeVar("_Size")

@@ -182,7 +182,7 @@ def _new_plan(problem: Problem, algorithm: int | None, bias: Tensor | None) -> P
     if algorithm is not None:
         return Plan(problem, algorithm, bias)
     try:
-        return Plan(problem, algorithms(version(), problem.dtype, problem.form)[0], bias)
+        return Plan(problem, algorithms(version(), problem.dtype, problem.form, problem.capability)[0], bias)
     except RuntimeError:
         return Plan(problem, 0, bias)  # ids are not promised for every shape; this one is
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def timing_of(problem: Problem, *, measure: bool) -> Timing | None:
     file = timings.path(problem.device)
     name = timings.key(problem)
     found = timings.known(file).get(name)
-    candidates = algorithms(version(), problem.dtype, problem.form)
+    candidates = algorithms(version(), problem.dtype, problem.form, problem.capability)
     if found is not None and found.algorithm not in candidates:
         found = None  # of an older version of this file, or edited: an id that is not tried here may do anything
     if found is not None or not measure:
@@ -60,19 +60,37 @@ def timing_of(problem: Problem, *, measure: bool) -> Timing | None:
 Operand = Literal["S(W)", "MVUE(dY)", "MVUE(dY^T)", "S(X)"]
 
 
+class Packers(NamedTuple):
+    """How the device packs, see `backends.Backend`."""
+
+    layout: str
+    of: Callable[[str, torch.dtype], Callable[..., Any] | None]
+
+
 def preparation_of(
-    operand: Operand, device: int, shape: tuple[int, int], stored: torch.dtype, dtype: torch.dtype, mask: str = ""
+    packers: Packers,
+    operand: Operand,
+    device: int,
+    shape: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    mask: str = "",
 ) -> Timing:
     """What a structured operand costs, packed and as a dense one with zeros; measured now if it is not known.
 
-    shape: of what it is made from, W [N, K], dY [M, N] or X [M, K]; of dY^T it is that of dY. stored: its dtype. dtype:
-    of the GEMMs.
+    shape: of what it is made from, W [N, K], dY [M, N] or X [M, K]; of dY^T it is that of dY. dtypes: its own, and that
+    of the GEMMs. RuntimeError if the device has no such packer.
     """
     file = timings.path(device)
-    mask_and = f"{mask} " if mask else ""
-    name = f"{operand} {mask_and}{timings.name(stored)} to {timings.name(dtype)} {shape[0]}x{shape[1]}"
+    stored, dtype = dtypes
+    about = f"{timings.name(stored)} to {timings.name(dtype)} {shape[0]}x{shape[1]}"
+    name = " ".join(part for part in (operand, packers.layout, mask, about) if part)
     found = timings.known(file).get(name)
     if found is not None:
+        return found
+
+    def packer(op: str) -> Callable[..., Any]:
+        if (found := packers.of(op, stored)) is None:
+            raise RuntimeError(f"the layout {packers.layout!r} has no packer {op} of {stored}")
         return found
 
     def race() -> Timing:
@@ -85,11 +103,14 @@ def preparation_of(
         zero, seed = dense.new_zeros(()), torch.zeros(1, device="cuda", dtype=torch.int64)
         if operand in ("MVUE(dY)", "MVUE(dY^T)"):
             read = dense if operand == "MVUE(dY)" else dense.T
-            return Timing(0, _time(lambda: mvue.sparsify_mvue(read, seed)), _time(lambda: mvue.mvue24(read, seed)))
+            pack = packer("sparsify_mvue")
+            return Timing(0, _time(lambda: pack(read, seed)), _time(lambda: mvue.mvue24(read, seed)))
         if operand == "S(X)":
-            packed_us = _time(lambda: sparsify.sparsify_input(dense, None, mask, "none"))
+            pack = packer("sparsify_input")
+            packed_us = _time(lambda: pack(dense, None, mask, "none"))
         else:
-            packed_us = _time(lambda: sparsify.sparsify(dense, mask, dtype))
+            pack = packer("sparsify")
+            packed_us = _time(lambda: pack(dense, mask, dtype))
         tiles = dense[: shape[0] // 4 * 4]  # all of W
         return Timing(0, packed_us, _time(lambda: torch.where(sparsify.mask24(tiles, mask), tiles, zero).to(dtype)))
 
@@ -214,6 +235,7 @@ def _race(problem: Problem, candidates: tuple[int, ...]) -> Timing:
 
 
 def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the layout of SM90. In another one these bytes are another 2:4 matrix, and its product takes as long."""
     from . import sparsify, sparsify_float8
 
     if dtype == FLOAT8:

@@ -33,6 +33,11 @@ class Problem(NamedTuple):
         """Of B as it is stored."""
         return PRODUCTS[self.form].dense_shape(self.m, self.k)
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Of the device."""
+        return torch.cuda.get_device_capability(self.device)
+
     def __str__(self) -> str:
         bias = " + bias" if self.bias else ""
         about = f"{self.form}: 2:4 [{self.n}, {self.k}] x [{self.k}, {self.m}]{bias}"
@@ -49,11 +54,14 @@ class Problem(NamedTuple):
         return int(getattr(self, PRODUCTS[self.form].rows))
 
 
+# Of GPUs of this compute capability.
+_TRIED_ON = (9, 0)
 # Ids by the first two numbers of the library's version, dtype and form, the default first: those that were fastest for
 # some shape on an H200 (float8: an H100) with 0.8.0, benchmarks/results/kernels_algorithms*. An id means another kernel
-# in another version or dtype. Each was right alone for all shapes that were tried; trying all ids in one process has
-# ended in an illegal instruction. An id that nobody tried may do anything, so other versions keep algorithm 0. For
-# "grad_input" the library is asked for the same product as for "grad_weight", of other sizes: it has the ids of that.
+# in another version or dtype, or on another GPU. Each was right alone for all shapes that were tried; trying all ids in
+# one process has ended in an illegal instruction. An id that nobody tried may do anything, so other versions and other
+# GPUs keep algorithm 0. For "grad_input" the library is asked for the same product as for "grad_weight", of other
+# sizes: it has the ids of that.
 _IDS: dict[tuple[tuple[int, ...], torch.dtype, Form], tuple[int, ...]] = {
     ((0, 8), FLOAT8, "linear"): (16, 0, 4, 6, 8, 17, 19, 24),
     ((0, 8), FLOAT8, "grad_weight_t"): (12, 0, 6, 13, 18, 20, 21),
@@ -70,6 +78,9 @@ _IDS: dict[tuple[tuple[int, ...], torch.dtype, Form], tuple[int, ...]] = {
 }
 
 
-def algorithms(version: tuple[int, ...], dtype: torch.dtype, form: Form) -> tuple[int, ...]:
+def algorithms(
+    version: tuple[int, ...], dtype: torch.dtype, form: Form, capability: tuple[int, int]
+) -> tuple[int, ...]:
     """The ids worth trying, the default first; 0, the library's own default, is always among them."""
-    return _IDS.get((version[:2], dtype, form), (0,))
+    ids = {_TRIED_ON: _IDS}.get(capability, {})
+    return ids.get((version[:2], dtype, form), (0,))

@@ -37,7 +37,7 @@ class Call:
     @property
     def kernel(self) -> str:
         """The name of the sparse kernels, for the report."""
-        return "cusparselt" if self.limits.device == "cuda" else "reference"
+        return self.limits.kernel if self.limits.device == "cuda" else "reference"
 
 
 def call_of(named: Named, limits: AskLimits) -> Call:

@@ -96,9 +96,14 @@ class Measured:
         one = preparation
         if one.stored == torch.float64 or not one.operand:
             return None
-        from ..kernels.measure import preparation_of
+        from ..kernels import probe
+        from ..kernels.measure import Packers, preparation_of
 
-        timing = preparation_of(one.operand, _index(one.device), one.shape, one.stored, one.dtype, one.mask)
+        backend = probe.backend(one.device, one.dtype)
+        if isinstance(backend, str) or not backend.is_measured:
+            return None
+        packers, dtypes = Packers(backend.name, backend.packer), (one.stored, one.dtype)
+        timing = preparation_of(packers, one.operand, _index(one.device), one.shape, dtypes, one.mask)
         return timing.sparse_us, timing.dense_us
 
 

@@ -59,7 +59,8 @@ def make_plan(
         else:
             parts = (part.get(call, Part()) for part in (inputs, weights, gradients))
             linears.append(LinearPlan(named, None, *parts))
-    return Plan(tuple(linears), others, _unmatched(found, patterns, others))
+    notes = tuple(dict.fromkeys(call.limits.note for call in several if call.limits.note))
+    return Plan(tuple(linears), others, _unmatched(found, patterns, others), notes)
 
 
 def _unmatched(found: Found, patterns: Sequence[Pattern], others: Sequence[OtherPlan]) -> tuple[str, ...]:

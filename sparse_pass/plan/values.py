@@ -214,3 +214,5 @@ class Plan:
     others: tuple[OtherPlan, ...]
     unmatched: tuple[str, ...]
     """Config keys that name nothing in it."""
+    notes: tuple[str, ...] = ()
+    """What is told of the devices."""

@@ -145,9 +145,25 @@ def check_inputs() -> None:
     check_input(torch.randn(64, 70).half().T, None, "optimal", "none")
 
 
+def check_layouts() -> None:
+    """Of several tiles in both directions; what the layouts share with the first one is tried above."""
+    x, seed = torch.randn(200, 128).half(), torch.tensor([9])
+    for layout in ("sm80", "cutlass", "dense"):
+        both = (one.sparsify_input(x, None, "optimal", "relu", layout) for one in (sparsify, reference_inputs))
+        pairs = list(zip(*both, strict=True))
+        if layout != "dense":
+            pairs.append((mvue.sparsify_mvue(x, seed, layout), reference_gradients.sparsify_mvue(x, seed, layout)))
+        for actual, expected in pairs:
+            assert torch.equal(actual.view(torch.int16), expected.view(torch.int16)), layout
+    estimate, sums = mvue.mvue24_sum(x[:70], seed)
+    assert_same(estimate, reference_gradients.mvue24(x[:70], seed), "dense")
+    torch.testing.assert_close(sums, reference_gradients.sums(x[:70]))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     with (
+        mock.patch.object(sparsify, "_empty_strided_cuda", on_the_cpu),
         mock.patch.object(memory, "_empty_strided_cuda", on_the_cpu),
         mock.patch.object(mvue, "_empty_strided_cuda", on_the_cpu),
         mock.patch.object(mvue_float8, "_empty_strided_cuda", on_the_cpu),
@@ -158,4 +174,5 @@ if __name__ == "__main__":
         check_float8_gradients()
         check_bfloat16_gradients()
         check_inputs()
+        check_layouts()
     print("equal")

@@ -53,15 +53,6 @@ def test_kernels_that_work(called: Called, library: FakeCusparselt, dtype: torch
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_wrong_kernels_give_way_to_those_of_torch(called: Called, monkeypatch: pytest.MonkeyPatch) -> None:
-    def swapped(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return reference.sparsify(weight.roll(1, 1), mask, dtype)
-
-    monkeypatch.setattr("sparse_pass.kernels.sparsify.sparsify", swapped)
-    assert probe.backend(torch.device("cuda"), BFLOAT16) is backends.COMPRESS
-    assert called == {"_cslt_compress": 6, "_cslt_sparse_mm": 6}
-
-
 def test_library_that_keeps_the_bias_of_the_plan(
     called: Called, library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +70,7 @@ def test_results_that_are_no_numbers(called: Called, monkeypatch: pytest.MonkeyP
     def wrong(form: Form, input: Tensor, packed: Tensor, n: int, *_: object) -> Tensor:
         return input.new_full((len(input), n), torch.nan)
 
-    broken = tuple(replace(one, multiply=wrong) for one in backends.BACKENDS)
+    broken = tuple(replace(one, multiply=wrong) for one in (backends.SM90, backends.COMPRESS))
     monkeypatch.setattr(backends, "BACKENDS", broken)
     reason = probe.availability(torch.device("cuda"), BFLOAT16)
     assert "sm90: wrong results, relative error inf; compress: wrong results, relative error inf" in reason
@@ -130,7 +121,7 @@ def times(called: Called, library: FakeCusparselt, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_fastest_wins(times: dict[int | str, float], form: Form) -> None:
-    last = measure.algorithms((0, 8, 0), BFLOAT16, form)[-1]
+    last = measure.algorithms((0, 8, 0), BFLOAT16, form, (9, 0))[-1]
     times[last] = 10.0
     assert measure.timing_of(problem(form), measure=True) == Timing(last, 10.0, 25.0)
 
@@ -212,7 +203,7 @@ def test_results_that_change_from_launch_to_launch(
     library.unsteady = True
     times[4] = 1.0
     assert measure.timing_of(problem(), measure=True) == Timing(0, 50.0, 25.0)
-    assert caplog.text.count("disagrees") == len(measure.algorithms((0, 8, 0), BFLOAT16, "linear"))
+    assert caplog.text.count("disagrees") == len(measure.algorithms((0, 8, 0), BFLOAT16, "linear", (9, 0)))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +223,8 @@ def test_what_an_operand_costs(
     rows = 64 if operand == "S(W)" else 70
 
     def cost() -> Timing:
-        return measure.preparation_of(operand, -1, (rows, 64), BFLOAT16, BFLOAT16, mask)
+        packers = measure.Packers("sm90", backends.SM90.packer)
+        return measure.preparation_of(packers, operand, -1, (rows, 64), (BFLOAT16, BFLOAT16), mask)
 
     assert cost() == Timing(0, 3.0, 7.0)
     called.clear()
