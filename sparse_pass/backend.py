@@ -54,8 +54,8 @@ class SparseBackend:
         self._inner = inner
         self._options = options
         self._inductor: torch._TorchCompileInductorWrapper | None = None
-        # Of a part no other process can tell whether a module is it.
-        self._wants_model = model is not None and not is_part
+        # Whether to take the first model that fits the config. Of a part no other process can tell whether it is one.
+        self.wants_model = model is not None and not is_part
         self._phase = Phase(self, sparse_pass, model)
         self._phases = {_key(sparse_pass.config): self._phase}
         self._called = False
@@ -126,7 +126,7 @@ class SparseBackend:
     def _look(self, graph_module: GraphModule, phase: Phase) -> Captured:
         model, patterns = phase.watch.model(), phase.sparse_pass.patterns
         graph = captured(graph_module, model, patterns)
-        if self._wants_model and model is None:
+        if self.wants_model and model is None:
             fitting = next((root for root in graph.roots if is_model_of(root, patterns)), None)
             if fitting is not None:
                 phase.watch.take(fitting)
@@ -149,7 +149,7 @@ class SparseBackend:
         retrace = Retrace(graph_module) if graph.names.ours else None
         with sparse_pass.seeing(graph.names, retrace):
             # What torch.compile(mode=..., options=...) would make of them, its errors included.
-            options = with_pass(sparse_pass, options, see_graph=False)
+            options = with_pass(sparse_pass, options)
             self._inductor = torch._TorchCompileInductorWrapper(mode, options, None)
             return self._inductor(graph_module, inputs)  # type: ignore[no-any-return]
 
@@ -168,7 +168,7 @@ class SparseBackend:
         one = self._pass
         settings = {"strict": one.strict, "tune": one.tune, "require": one.require}
         recipe = None if self.schedule is None else self.schedule.recipe()
-        return _rebuilt, (one.config, settings, self._inner, self._options, self._wants_model), recipe
+        return _rebuilt, (one.config, settings, self._inner, self._options, self.wants_model), recipe
 
     def __setstate__(self, recipe: Callable[[SparseBackend], object]) -> None:
         recipe(self)
@@ -198,7 +198,7 @@ def _rebuilt(
 ) -> SparseBackend:
     """A backend that was pickled. Its model, if it had one, is the first that fits the config."""
     backend = SparseBackend(SparsePass(config, **settings), None, inner, options)
-    backend._wants_model = wants_model
+    backend.wants_model = wants_model
     return backend
 
 
