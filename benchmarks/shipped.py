@@ -2,8 +2,8 @@
 
     python benchmarks/shipped.py    # writes sparse_pass/predict/measurements.json
 
-Run it after benchmarks/sweep.py and benchmarks/kernels.py have written new files. Where a file lacks a GPU, what is said
-of it in `GPUS` tells what is taken instead.
+Run it after benchmarks/sweep.py and benchmarks/kernels.py have written new files. Kernels that were timed on the H200
+alone are taken from there for the H100 as well.
 """
 
 from __future__ import annotations

@@ -62,4 +62,3 @@ def captured(graph_module: GraphModule, model: nn.Module | None, patterns: Seque
         checked=model is not None,
     )
     return Captured(names, inputs, region)
-

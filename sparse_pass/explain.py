@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -66,7 +67,8 @@ def explain(model: nn.Module, config: Config, *, device: str | None = None) -> C
         sparse_pass = SparsePass(everything)
         sparse_pass.limits, sparse_pass.costs = costs.limits, costs
         work = Work()
-        report, ran = _report(model, sparse_pass, work.counting, args, kwargs)
+        with _quiet():
+            report, ran = _report(model, sparse_pass, work.counting, args, kwargs)
         report = replace(report, unmatched=tuple(text for text in report.unmatched if text in config))
         return forecast(_completed(model, patterns, report, ran), others, costs, work, model)
 
@@ -104,6 +106,21 @@ def _report(
                 raise refused[0] from None
             raise
     return sparse_pass.report, sparse_pass.captured()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Log no linear that is skipped: most of them nobody has named."""
+    one_graph = logging.getLogger(f"{__package__}.one_graph")
+    one_graph.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        one_graph.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _completed(model: nn.Module, patterns: Sequence[Pattern], report: Report, ran: set[str]) -> Report:

@@ -31,13 +31,13 @@ class RegisteredBackend:
     """The backend ``"sparse_pass"``. Its options are the arguments of :func:`sparse_backend`.
 
     ``options={"config": ...}`` is a config: a mapping of names to schemes or to their plain form (see
-    `serialize.config_from_dict`), or the path of a JSON or YAML file. Without it the environment variable
-    ``SPARSE_PASS_CONFIG`` has the path, or the config as JSON. ``strict``, ``tune``, ``require`` and ``inner`` are as of
-    :func:`sparse_backend`; all other options go to Inductor.
+    :func:`config_from_dict`), or the path of a JSON or YAML file. Without it the environment variable
+    ``SPARSE_PASS_CONFIG`` has the path, or the config as JSON. ``strict``, ``tune``, ``require`` and ``inner`` are
+    those of :func:`sparse_backend`; all other options go to Inductor.
 
-    Names are names in the module that ``torch.compile`` was given: among the modules that Dynamo's frame holds it is the
-    first in which every name of the config names a linear weight. Where there is none, names are those in the graph, and
-    what they do not name is in the report as unmatched.
+    Names are names in the module that ``torch.compile`` was given: of the modules that Dynamo's frame holds, the first
+    in which every name of the config names a linear weight. Where there is none, names are those in the graph, and what
+    names nothing is in the report as unmatched.
     """
 
     __name__ = "sparse_pass"
@@ -117,7 +117,7 @@ def _config(given: Any) -> dict[str, Scheme | None]:
     if not source:
         raise ValueError(
             "backend='sparse_pass' has no config: give torch.compile(..., options={'config': ...}), a mapping of names"
-            f" to schemes or the path of a JSON or YAML file, or set the environment variable {VARIABLE} to such a path."
+            f" to schemes or the path of a JSON or YAML file, or set the environment variable {VARIABLE} to a path."
             " sparse_pass.suggest(model)(x) proposes one"
         )
     return load_config(source)

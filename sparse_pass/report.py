@@ -134,7 +134,7 @@ class Report:
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """The report that `to_dict` wrote. ValueError for a key that is not known."""
         refuse_unknown("Report.from_dict", data, [field.name for field in fields(cls)])
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        values: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
         return cls(**{**values, "sites": tuple(Site.from_dict(site) for site in data.get("sites", ()))})
 
     def _head(self) -> str:
@@ -197,7 +197,7 @@ _COLORS: dict[Status, str] = {"sparse": "#2e7d32", "masked_dense": "#f9a825", "s
 
 
 def _table(sites: Sequence[Site]) -> list[list[str]]:
-    """The names of the columns, and a row of cells for each site. The kind of graph is a column where there are both."""
+    """The columns, and a row of cells for each site. The kind of graph is a column where there are both."""
     columns = dict(_COLUMNS)
     if len({site.training for site in sites}) == 1:
         del columns["graph"]
@@ -215,6 +215,10 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _cells(tag: str, row: Sequence[str]) -> str:
     return "".join(f'<{tag} style="text-align: left">{escape(cell)}</{tag}>' for cell in row)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

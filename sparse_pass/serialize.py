@@ -1,7 +1,7 @@
 """Configs as plain data: to and from dicts, and from JSON and YAML files.
 
-A scheme is ``{"WeightSparsity": {"mask": "greedy"}}``; a tuple of two has two keys, in its order; with default fields the
-name alone will do: ``"WeightSparsity"``. None leaves a layer dense, as in a config.
+A scheme is ``{"WeightSparsity": {"mask": "greedy"}}``, or with default fields the name alone: ``"WeightSparsity"``.
+A tuple of two has two keys, in its order. None leaves a layer dense, as in a config.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .fqn import parse_config
 ConfigSource: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
 """A mapping of names to schemes or to their plain form, the path of a JSON or YAML file, or JSON itself."""
 
-_SCHEMES: dict[str, type[Single]] = {one.__name__: one for one in (WeightSparsity, ActivationSparsity, GradientSparsity)}
+_KINDS: tuple[type[Single], ...] = (WeightSparsity, ActivationSparsity, GradientSparsity)
+_SCHEMES = {kind.__name__: kind for kind in _KINDS}
 _YAML = (".yaml", ".yml")
 
 
@@ -80,11 +81,10 @@ def config_from_dict(data: Mapping[str, Any]) -> dict[str, Scheme | None]:
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"config = {data!r}: expected a mapping of names to schemes such as {_example()}")
-    config = {
-        name: entry if entry is None or isinstance(entry, (tuple, *_SCHEMES.values()))
-        else scheme_from_dict(entry, f"config[{name!r}]")
-        for name, entry in data.items()
-    }  # fmt: skip
+    config: dict[str, Any] = {}
+    for name, entry in data.items():
+        is_made = entry is None or isinstance(entry, (tuple, *_KINDS))
+        config[name] = entry if is_made else scheme_from_dict(entry, f"config[{name!r}]")
     parse_config(config)
     return config
 
@@ -107,7 +107,9 @@ def load_config(source: ConfigSource) -> dict[str, Scheme | None]:
         return config_from_dict(_parsed(text, "the config", is_yaml=False))
     path = Path(text).expanduser()
     if path.suffix.lower() not in (".json", *_YAML):
-        raise ValueError(f"config {text!r}: expected the path of a .json, .yaml or .yml file, or JSON that begins with '{{'")
+        raise ValueError(
+            f"config {text!r}: expected the path of a .json, .yaml or .yml file, or JSON that begins with '{{'"
+        )
     try:
         content = path.read_text()
     except OSError as error:

@@ -25,7 +25,8 @@ def suggest(
     """Propose a config: ``config = suggest(model)(*args, **kwargs)``.
 
     It names the linears that are predicted to gain with the scheme, forward and backward, by shape: what 2:4 weights do
-    to a loss it does not know. Tables of embeddings that a linear shares are left out. Where all linears that a `*`
+    to a loss it does not know. Tables of embeddings that a linear shares are left out, and so is the head, where the
+    model tells it by ``get_output_embeddings()`` or ``get_classifier()``. Where all linears that a `*`
     pattern names gain, the pattern stands for them. As `explain` it runs one forward, on any device, the meta device
     included, and leaves no trace.
 
@@ -61,13 +62,20 @@ def _worth_it(report: Forecast, model: nn.Module) -> list[str]:
         after[layer.fqn] = after.get(layer.fqn, 0.0) + layer.after_us
     sparse = {site.fqn for site in report.sites if site.status == "sparse"}
     weights = linear_weights(model)
-    tables = {
-        id(one.weight) for one in model.modules() if isinstance(one, (nn.Embedding, nn.EmbeddingBag))
-    }
+    left = _left_dense(model)
     return [
         name for name in before
-        if name in sparse and before[name] > _LEAST_GAIN * after[name] and id(weights.get(name)) not in tables
+        if name in sparse and before[name] > _LEAST_GAIN * after[name] and id(weights.get(name)) not in left
     ]  # fmt: skip
+
+
+def _left_dense(model: nn.Module) -> set[int]:
+    """Ids of weights that are customarily left dense: tables of embeddings, and the head that the model says it has."""
+    tables = [one for one in model.modules() if isinstance(one, (nn.Embedding, nn.EmbeddingBag))]
+    # As transformers and timm call it.
+    asked = [getattr(model, name, None) for name in ("get_output_embeddings", "get_classifier")]
+    heads = [head for method in asked if callable(method) and isinstance(head := method(), nn.Module)]
+    return {id(weight) for one in (*tables, *heads) for weight in one.parameters(recurse=False)}
 
 
 def _all_names(report: Forecast) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -16,11 +16,11 @@ from ..plan.costs import Preparation
 from ..plan.table import ESTIMATORS, estimated, structured_operands
 from ..report import Report, Site
 from ..serialize import refuse_unknown
-from ..vocabulary import KERNEL_DTYPES
+from ..vocabulary import KERNEL_DTYPES, GemmName
 from .costs import Predicted
 from .work import Work, rest_us
 
-_GEMMS = ("output", "grad_input", "grad_weight")
+_GEMMS: tuple[GemmName, ...] = get_args(GemmName)
 _SPARSE = "cusparselt"
 
 
@@ -40,6 +40,18 @@ class Layer:
     """The same as planned."""
     preparation_us: float = 0.0
     """Of making the structured operands, packed or dense, that the plan asks for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain data, for JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Layer:
+        """What `to_dict` wrote. ValueError for a key that is not known."""
+        refuse_unknown("Layer.from_dict", data, [field.name for field in fields(cls)])
+        values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in data.items()}
+        return cls(**values)
 
     @property
     def before_us(self) -> float:
@@ -114,23 +126,21 @@ class Forecast(Report):
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain data, for JSON."""
         data = Report.to_dict(self)
-        layers = [{field.name: getattr(layer, field.name) for field in fields(layer)} for layer in self.layers]
-        listed = ("shape", "dense_us", "planned_us")
-        data["layers"] = [{**layer, **{name: list(layer[name]) for name in listed}} for layer in layers]
+        data["layers"] = [layer.to_dict() for layer in self.layers]
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Forecast:
         """What `to_dict` wrote. ValueError for a key that is not known."""
         refuse_unknown("Forecast.from_dict", data, [field.name for field in fields(cls)])
-        known = [field.name for field in fields(Layer)]
-        layers = []
-        for layer in data.get("layers", ()):
-            refuse_unknown("Forecast.from_dict: layers", layer, known)
-            layers.append(Layer(**{key: tuple(one) if isinstance(one, list) else one for key, one in layer.items()}))
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-        sites = tuple(Site.from_dict(site) for site in data.get("sites", ()))
-        return cls(**{**values, "sites": sites, "layers": tuple(layers)})
+        layers = tuple(Layer.from_dict(layer) for layer in data.get("layers", ()))
+        report = Report.from_dict({name: data[name] for name in data.keys() & _FIELDS_OF_REPORT})
+        values: dict[str, Any] = {name: getattr(report, name) for name in _FIELDS_OF_REPORT}
+        values |= {name: value for name, value in data.items() if name not in _FIELDS_OF_REPORT}
+        return cls(**{**values, "layers": layers})
+
+
+_FIELDS_OF_REPORT = tuple(field.name for field in fields(Report))
 
 
 _OTHERS = "re:.*"
@@ -167,7 +177,7 @@ def forecast(report: Report, others: Collection[str], costs: Predicted, work: Wo
         text = "GEMMs that are not in bfloat16 or float16 are not predicted: call the model under torch.autocast"
         notes += (f"{text}, or make it a bfloat16 one",)
     sites = tuple(site for site in report.sites if site.pattern not in others)
-    values = {field.name: getattr(report, field.name) for field in fields(Report)} | {"sites": sites, "notes": notes}
+    values = {name: getattr(report, name) for name in _FIELDS_OF_REPORT} | {"sites": sites, "notes": notes}
     return Forecast(**values, gpu=costs.gpu.name, layers=layers, attention_us=attention, other_us=other)
 
 
@@ -197,9 +207,9 @@ def layer_of(site: Site, costs: Predicted, *, named: bool) -> Layer:
     )  # fmt: skip
 
 
-def _forms(scheme: Scheme) -> dict[str, str]:
+def _forms(scheme: Scheme) -> dict[GemmName, str]:
     """The form of each GEMM, as `plan.costs.Product` has it; those that stay dense are like that of a linear."""
-    of_role = {
+    of_role: dict[GemmName, dict[str, str]] = {
         "output": {"input": "input"},
         "grad_input": {"grad_output": "grad_input"},
         "grad_weight": {"grad_output": "grad_weight", "input": "input_grad_weight"},

@@ -1,6 +1,6 @@
 """The measurements that are shipped, and what lies between them: GEMM times by shape, on the GPUs that were measured.
 
-They plan for a GPU from a machine without one. Where there is a GPU, nothing here decides anything: kernels are measured.
+They plan for a GPU from a machine without one. Where there is a GPU nothing here decides: kernels are measured.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Gpu:
     def gemm(self, form: str, m: int, n: int, k: int) -> tuple[float, float]:
         """Dense and 2:4 time of a GEMM of a linear [M, N, K].
 
-        What was measured at this shape by itself; else between measurements of whole linears: by the logarithm of M for
-        each size of weight, and by nearness among these, as microseconds a multiplication. Sizes beyond all of them take
-        the nearest rate; fewer rows than all take as long as the fewest.
+        Measured at this shape by itself, or else interpolated between whole linears, as microseconds a multiplication:
+        by the logarithm of M for each size of weight, and by nearness among these. Sizes beyond all of them take the
+        nearest rate; fewer rows than all take as long as the fewest.
         """
         alone = [(shape, times) for known, shape, times in self.gemms if known == form]
         for shape, times in alone:
@@ -69,7 +69,9 @@ class Gpu:
 
     def preparation(self, operand: str, mask: str, stored: str, elements: int) -> tuple[float, float | None] | None:
         """Time to make a structured operand, packed and dense; None for one that was not measured."""
-        rows = [(size, packed, dense) for key, size, packed, dense in self.preparations if key == (operand, mask, stored)]
+        rows = [
+            (size, packed, dense) for key, size, packed, dense in self.preparations if key == (operand, mask, stored)
+        ]
         if not rows:
             return None
         packed = _interpolated([(size, us / size) for size, us, _ in rows], elements) * elements
@@ -116,10 +118,9 @@ def _distance(one: Shape, other: Shape) -> float:
 
 
 def _between(one: tuple[int, int], other: tuple[int, int]) -> float:
-    """How far two weights are apart: by size, and less by how long they are for their width."""
-    size = math.log(math.prod(one) / math.prod(other))
-    shape = abs(math.log(one[0] / one[1])) - abs(math.log(other[0] / other[1]))
-    return math.hypot(size, shape / 2)
+    """How far two weights are apart: above all by the shorter side, which is what 2:4 kernels gain by."""
+    short, long = (math.log(side(one) / side(other)) for side in (min, max))
+    return math.hypot(short, long / 2)
 
 
 def _interpolated(points: Iterable[tuple[int, float]], at: float) -> float:

@@ -84,4 +84,3 @@ def rest_us(
         stored = sum(one.numel() * one.element_size() for one in model.parameters() if one.requires_grad)
         other += stored * _OPTIMIZER_TENSORS / (gpu.copy * _OPTIMIZER_SHARE)
     return attention, other
-
