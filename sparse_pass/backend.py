@@ -54,8 +54,8 @@ class SparseBackend:
         self._inner = inner
         self._options = options
         self._inductor: torch._TorchCompileInductorWrapper | None = None
-        # Whether to take the first model that fits the config. Of a part no other process can tell whether it is one.
-        self.wants_model = model is not None and not is_part
+        # Of a part no other process can tell whether a module is it.
+        self._wants_model = model is not None and not is_part
         self._phase = Phase(self, sparse_pass, model)
         self._phases = {_key(sparse_pass.config): self._phase}
         self._called = False
@@ -126,7 +126,7 @@ class SparseBackend:
     def _look(self, graph_module: GraphModule, phase: Phase) -> Captured:
         model, patterns = phase.watch.model(), phase.sparse_pass.patterns
         graph = captured(graph_module, model, patterns)
-        if self.wants_model and model is None:
+        if self._wants_model and model is None:
             fitting = next((root for root in graph.roots if is_model_of(root, patterns)), None)
             if fitting is not None:
                 phase.watch.take(fitting)
@@ -168,7 +168,7 @@ class SparseBackend:
         one = self._pass
         settings = {"strict": one.strict, "tune": one.tune, "require": one.require}
         recipe = None if self.schedule is None else self.schedule.recipe()
-        return _rebuilt, (one.config, settings, self._inner, self._options, self.wants_model), recipe
+        return _rebuilt, (one.config, settings, self._inner, self._options, self._wants_model), recipe
 
     def __setstate__(self, recipe: Callable[[SparseBackend], object]) -> None:
         recipe(self)
@@ -198,7 +198,7 @@ def _rebuilt(
 ) -> SparseBackend:
     """A backend that was pickled. Its model, if it had one, is the first that fits the config."""
     backend = SparseBackend(SparsePass(config, **settings), None, inner, options)
-    backend.wants_model = wants_model
+    backend._wants_model = wants_model
     return backend
 
 

@@ -18,8 +18,9 @@ from torch.fx import GraphModule
 from .backend import SparseBackend, sparse_backend
 from .captured import captured
 from .config import Scheme
+from .dynamo.callers import calling_modules
 from .fqn import Pattern, parse_config
-from .model_names import is_model_of
+from .model_names import is_model_of, unwrapped
 from .report import Report
 from .serialize import config_to_dict, load_config
 
@@ -35,9 +36,9 @@ class RegisteredBackend:
     ``SPARSE_PASS_CONFIG`` has the path, or the config as JSON. ``strict``, ``tune``, ``require`` and ``inner`` are
     those of :func:`sparse_backend`; all other options go to Inductor.
 
-    Names are names in the module that ``torch.compile`` was given: of the modules that Dynamo's frame holds, the first
-    in which every name of the config names a linear weight. Where there is none, names are those in the graph, and what
-    names nothing is in the report as unmatched.
+    Names are names in the outermost module that is being called and in which every name of the config names a linear
+    weight: the model, also where parts of it are compiled one by one. Where there is none, names are those in the
+    graph, and what names nothing is in the report as unmatched.
     """
 
     __name__ = "sparse_pass"
@@ -70,8 +71,7 @@ class RegisteredBackend:
         model = self._model(captured(graph_module, None).roots, parse_config(config), key)
         kept = self._of_none if model is None else self._of_models.setdefault(model, {})
         if key not in kept:
-            kept[key] = sparse_backend(config, **options)
-            kept[key].wants_model = True
+            kept[key] = sparse_backend(config, model=model, **options)
         return kept[key]
 
     def _model(self, roots: Sequence[nn.Module], patterns: Sequence[Pattern], key: str) -> nn.Module | None:
@@ -80,11 +80,12 @@ class RegisteredBackend:
         if not roots:  # a graph without parameters, as after a graph break
             return known[-1] if known else None
         held = set(roots)
-        # After a graph break in a part of it, the frame holds that part alone.
+        # Of parts that are compiled by themselves the frame holds the part alone.
         part_of = [model for model in known if not held.isdisjoint(model.modules())]
         if part_of:
             return part_of[0]
-        return next((root for root in roots if is_model_of(root, patterns)), None)
+        candidates = (*(unwrapped(one) for one in calling_modules(roots)), *roots)
+        return next((one for one in candidates if is_model_of(one, patterns)), None)
 
     def reset(self) -> None:
         """Called by torch.compile: let go of recorded CUDA graphs, as its own backend does."""

@@ -12,6 +12,7 @@ import torch
 
 from ..plan.costs import Costs, Measured, Preparation, Product
 from ..plan.limits import device_limits
+from ..vocabulary import MIN_CAPABILITY
 from .output import show_rows
 from .plan import planned
 
@@ -21,18 +22,26 @@ Shape = tuple[int, int, int]
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit status."""
     device, dtype = torch.device("cuda"), getattr(torch, args.dtype)
-    if not torch.cuda.is_available():
-        raise ValueError("bench needs a CUDA GPU; `sparse-pass explain MODEL --gpu h100` predicts without one")
-    if why_not := device_limits(device, dtype).unavailable:
-        raise ValueError(f"no 2:4 kernels here: {why_not}")
+    if why_not := why_no_gpu(device, dtype):
+        raise ValueError(f"{why_not}; `sparse-pass explain MODEL --gpu h100` predicts without a GPU")
     shapes = args.shape or shapes_of(args)
     rows = measured(Measured(), _with_progress(shapes), device, dtype)
-    show_rows(f"{torch.cuda.get_device_name()}, {args.dtype}, microseconds", rows)
+    show_rows(f"GPU microseconds, {args.dtype}", rows)
     if args.csv:
         write_csv(rows, args.csv)
     if args.png:
         plot(rows, args.png)
     return 0
+
+
+def why_no_gpu(device: torch.device, dtype: torch.dtype) -> str:
+    """Why nothing can be measured here; empty if it can."""
+    if not torch.cuda.is_available():
+        return "bench needs a CUDA GPU"
+    limits = device_limits(device, dtype)
+    if limits.capability is None or limits.capability < MIN_CAPABILITY:
+        return "bench needs a GPU with sparse tensor cores"
+    return limits.unavailable
 
 
 def shapes_of(args: argparse.Namespace) -> list[Shape]:

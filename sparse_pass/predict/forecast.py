@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 import torch
@@ -176,9 +176,14 @@ def forecast(report: Report, others: Collection[str], costs: Predicted, work: Wo
     if dtypes - set(KERNEL_DTYPES):
         text = "GEMMs that are not in bfloat16 or float16 are not predicted: call the model under torch.autocast"
         notes += (f"{text}, or make it a bfloat16 one",)
-    sites = tuple(site for site in report.sites if site.pattern not in others)
+    sites = tuple(_predicted(site) for site in report.sites if site.pattern not in others)
     values = {name: getattr(report, name) for name in _FIELDS_OF_REPORT} | {"sites": sites, "notes": notes}
     return Forecast(**values, gpu=costs.gpu.name, layers=layers, attention_us=attention, other_us=other)
+
+
+def _predicted(site: Site) -> Site:
+    """The plan knows of measurements alone."""
+    return replace(site, reason=site.reason.replace("measured slower", "predicted slower"), measured=False)
 
 
 def layer_of(site: Site, costs: Predicted, *, named: bool) -> Layer:
