@@ -17,13 +17,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    one = Terminal()
-    monkeypatch.setattr(sys, "stderr", one)
-    return one
-
-
 def measure_twice() -> None:
     for shape in ("[64, 128]", "[128, 64]"):
         with progress.shown(f"linear: {shape}", "/cache"):
@@ -39,8 +32,10 @@ def last_line(text: str) -> str:
 
 
 @pytest.mark.parametrize("with_tqdm", [False, True])
-def test_one_line_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, with_tqdm: bool) -> None:
+def test_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch, with_tqdm: bool) -> None:
     """It is rewritten, and gone at the end, also where a measurement fails."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     if with_tqdm:
         pytest.importorskip("tqdm")
     else:
