@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .vocabulary import KERNEL_DTYPES, MIN_CAPABILITY
+from .vocabulary import FLOAT8, KERNEL_DTYPES, MIN_CAPABILITY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +92,7 @@ def _fields(found: Diagnosis) -> dict[str, Any]:
 def _device(index: int) -> Device:
     device = torch.device("cuda", index)
     capability = torch.cuda.get_device_capability(device)
-    kernels = tuple(_kernels(device, dtype) for dtype in KERNEL_DTYPES)
+    kernels = tuple(_kernels(device, dtype) for dtype in (*KERNEL_DTYPES, FLOAT8))
     return Device(index=index, name=torch.cuda.get_device_name(device), capability=capability, kernels=kernels)
 
 

@@ -112,10 +112,12 @@ def dense_read(use: Use) -> tuple[Node, OperandRead] | None:
     if not places or gemm.target in (aten._scaled_mm.default, aten._int_mm.default):
         return None
     place = other_place(gemm, places[0])
-    operand = gemm.args[place]
-    if not isinstance(operand, Node):
-        return None
-    root, chain = strip_moves(operand)
+    return operand_read(gemm, place) if isinstance(gemm.args[place], Node) else None
+
+
+def operand_read(gemm: Node, place: int) -> tuple[Node, OperandRead]:
+    """The tensor that is operand ``place`` of a GEMM, before views of all of it, and where it is read."""
+    root, chain = strip_moves(operand_of(gemm, place))
     views = 0
     for node in reversed(chain):
         if packet_name(node) not in _WHOLE:

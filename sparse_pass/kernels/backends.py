@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vocabulary import KERNEL_DTYPES, Form
+from ..vocabulary import FLOAT8, KERNEL_DTYPES, Form
 from . import torch_cslt
 
 
@@ -50,13 +50,15 @@ def _by_binding(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor 
 def _triton_packer(op: str, stored: torch.dtype) -> Callable[..., Any] | None:
     if stored == torch.float64:  # rare, and the kernels compare in float32
         return None
-    from . import mvue, sparsify
+    from . import mvue, mvue_float8, sparsify, sparsify_float8
 
-    return getattr(mvue if "mvue" in op else sparsify, op)  # type: ignore[no-any-return]
+    modules = {"sparsify_float8": sparsify_float8, "sparsify_mvue_float8": mvue_float8}
+    return getattr(modules.get(op, mvue if "mvue" in op else sparsify), op)  # type: ignore[no-any-return]
 
 
 SM90 = Backend(
     name="sm90",
+    dtypes=(*KERNEL_DTYPES, FLOAT8),
     pack=torch_cslt.compress,
     multiply=_by_binding,
     packer=_triton_packer,

@@ -34,10 +34,11 @@ def _as_hardware_rounds(x):
 
 
 @triton.jit
-def _quantized(x, scale):
-    """e4m3 of clamp(x * scale), as a number from 0 to 255; NaN stays one."""
-    scaled = tl.clamp(x.to(tl.float32) * scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+def quantized(x, scale):
+    """e4m3 of clamp(x * scale), as a number from 0 to 255; NaN stays one. The conversion of the hardware clamps."""
+    scaled = x.to(tl.float32) * scale
     if _INTERPRETED:
+        scaled = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         scaled = _as_hardware_rounds(scaled)
     return scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
 
@@ -45,9 +46,9 @@ def _quantized(x, scale):
 @triton.jit
 def quantize(x, scale):
     """The sixteen tensors of a block, as `masks` has them, in float8: numbers from 0 to 255."""
-    q = (_quantized(x[0], scale),)
+    q = (quantized(x[0], scale),)
     for place in tl.static_range(1, 16):
-        q = q + (_quantized(x[place], scale),)
+        q = q + (quantized(x[place], scale),)
     return q
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..vocabulary import FLOAT8
 from . import progress, timings
 from .cusparselt import Plan
 from .cusparselt_library import version
@@ -77,6 +78,8 @@ def preparation_of(
     def race() -> Timing:
         from . import mvue, sparsify
 
+        if dtype == FLOAT8:
+            return _float8_preparation(operand, shape, stored, mask)
         random = torch.Generator("cuda").manual_seed(0)
         dense = torch.randn(*shape, device="cuda", dtype=stored, generator=random)
         zero, seed = dense.new_zeros(()), torch.zeros(1, device="cuda", dtype=torch.int64)
@@ -91,6 +94,29 @@ def preparation_of(
         return Timing(0, packed_us, _time(lambda: torch.where(sparsify.mask24(tiles, mask), tiles, zero).to(dtype)))
 
     return _measured(file, name, device, f"{operand} of {list(shape)}", race, (0,))
+
+
+def _float8_preparation(operand: Operand, shape: tuple[int, int], stored: torch.dtype, mask: str) -> Timing:
+    """The scale is left out: both ways read it."""
+    from . import mvue, mvue_float8, sparsify, sparsify_float8
+
+    random = torch.Generator("cuda").manual_seed(0)
+    dense = torch.randn(*shape, device="cuda", dtype=stored, generator=random)
+    zero, seed = dense.new_zeros(()), torch.zeros(1, device="cuda", dtype=torch.int64)
+    one = torch.ones((), device="cuda")
+    if operand == "S(W)":
+        packed_us = _time(lambda: sparsify_float8.sparsify_float8(dense, one, mask))
+
+        def kept() -> tuple[Tensor, Tensor]:
+            values = torch.where(sparsify.mask24(dense, mask), dense, zero).to(FLOAT8)
+            return values, values.T.contiguous()
+
+        return Timing(0, packed_us, _time(kept))
+    return Timing(
+        0,
+        _time(lambda: mvue_float8.sparsify_mvue_float8(dense, seed, one)),
+        _time(lambda: mvue.mvue24(dense, seed).to(FLOAT8)),
+    )
 
 
 def _measured(
@@ -121,12 +147,20 @@ def _measured(
 
 def dense_matmul(problem: Problem, kept: Tensor, dense: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
     """What a dense layer calls for the same GEMM. kept: A with its zeros."""
+    if problem.dtype == FLOAT8:
+        one = torch.ones((), device="cuda")
+        first, second = (dense, kept) if problem.form == "linear" else (kept, dense)
+        return lambda: torch._scaled_mm(
+            first, second.T, one, one, out_dtype=problem.output_dtype, use_fast_accum=problem.form == "linear"
+        )
     if problem.form == "linear":
         return lambda: torch.nn.functional.linear(dense, kept, bias)
     if problem.form == "input":
         return lambda: torch.nn.functional.linear(kept, dense)
     if problem.form == "grad_input":
         return lambda: kept @ dense
+    if problem.form == "grad_weight_t":
+        return lambda: kept @ dense.T
     turned = kept.T.contiguous()  # dY or S(X) as a dense layer has it
     if problem.form == "grad_weight":
         return lambda: turned.T @ dense
@@ -140,12 +174,13 @@ def _race(problem: Problem, candidates: tuple[int, ...]) -> Timing:
     random = torch.Generator("cuda").manual_seed(0)  # the user's random state stays as it is
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=dtype, generator=random)
+        made = torch.randn(*shape, device="cuda", dtype=problem.output_dtype, generator=random)
+        return made.to(dtype)
 
-    kept, dense = normal(problem.n, problem.k), normal(*problem.dense_shape)
+    kept, dense = normal(problem.n, problem.k).to(problem.output_dtype), normal(*problem.dense_shape)
     bias = normal(problem.n) if problem.bias else None
-    packed = sparsify.sparsify(kept, "optimal", dtype)[0]
-    kept.masked_fill_(~sparsify.mask24(kept, "optimal"), 0)
+    packed = _packed(kept, dtype)
+    kept = kept.masked_fill_(~sparsify.mask24(kept, "optimal"), 0).to(dtype)
     dense_us = _time(dense_matmul(problem, kept, dense, bias))
     del kept
 
@@ -175,6 +210,14 @@ def _race(problem: Problem, candidates: tuple[int, ...]) -> Timing:
             return Timing(algorithm, times[algorithm], dense_us)
         log.warning("%s disagrees with algorithm 0 or with itself: not used", plan)
     return Timing(0, times[0], dense_us)
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    from . import sparsify, sparsify_float8
+
+    if dtype == FLOAT8:
+        return sparsify_float8.sparsify_float8(weight, weight.new_ones((), dtype=torch.float32), "optimal")[0]
+    return sparsify.sparsify(weight, "optimal", dtype)[0]
 
 
 def _time(launch: Callable[[], object]) -> float:

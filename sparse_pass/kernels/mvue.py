@@ -29,7 +29,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _philox(seed, offset):
+def philox(seed, offset):
     """The four words of `ops.reference.gradients.philox`, for an offset below 2^32; `tl.randint4x` in half the time:
     one multiplication gives both halves of a product."""
     k0 = seed.to(tl.uint64, bitcast=True).to(tl.uint32)
@@ -84,7 +84,7 @@ def _reached(t, end):
 
 
 @triton.jit
-def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
+def choose(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
     """The group x[FIRST], x[FIRST + 4], ... and a random word -> its two kept values as a word, which they are (their
     elements in the low two bytes, above them anything), and its sum. Names as in `ops.reference.gradients.choose`."""
     low = layout.pair_up(x[FIRST], x[FIRST + 4], DTYPE)
@@ -114,7 +114,7 @@ def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _nibbles(low, high):
+def nibbles(low, high):
     """The metadata nibbles of two groups, in bytes 0 and 2, from their chosen elements."""
     both = layout.shuffled(low, high, 0x5410)
     return ((both >> 5) & 0x00030003) | ((both >> 11) & 0x000C000C)
@@ -152,11 +152,11 @@ def _mvue_kernel(
     groups = tl.num_programs(1) * 16  # of a column, Mp / 4
     R = tl.arange(0, 16)[:, None]
     C = tl.arange(0, 16)[None, :]
-    words4 = _philox(tl.load(seed_ptr), ((n >> 2) + C + tiles.zero_beside(x[0])) * groups + ((m >> 2) + R))
-    group0 = _group(x, 0, words4[0], DTYPE)
-    group1 = _group(x, 1, words4[1], DTYPE)
-    group2 = _group(x, 2, words4[2], DTYPE)
-    group3 = _group(x, 3, words4[3], DTYPE)
+    words4 = philox(tl.load(seed_ptr), ((n >> 2) + C + tiles.zero_beside(x[0])) * groups + ((m >> 2) + R))
+    group0 = choose(x, 0, words4[0], DTYPE)
+    group1 = choose(x, 1, words4[1], DTYPE)
+    group2 = choose(x, 2, words4[2], DTYPE)
+    group3 = choose(x, 3, words4[3], DTYPE)
 
     if SUMS:
         even, odd = tl.join(group0[2], group2[2]), tl.join(group1[2], group3[2])
@@ -170,7 +170,7 @@ def _mvue_kernel(
         block = tl.reshape(tl.permute(block, (1, 2, 3, 0)), [64, 16])
         rows = tl.arange(0, 64)[:, None]
         tl.store(values + rows * groups + tl.arange(0, 16)[None, :], block)
-        codes = _nibbles(group0[1], group2[1]) | (_nibbles(group1[1], group3[1]) << 8)
+        codes = nibbles(group0[1], group2[1]) | (nibbles(group1[1], group3[1]) << 8)
         metadata = out_ptr + tl.num_programs(0).to(tl.int64) * 64 * groups
         layout.store_metadata(metadata + ((n.to(tl.int64) * (groups * 4) + m * 64) >> 5), tl.trans(codes))
     else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..vocabulary import MIN_CAPABILITY
+from ..vocabulary import FLOAT8, FLOAT8_CAPABILITY, MIN_CAPABILITY
 from . import backends
 from .backends import Backend
 
@@ -45,10 +45,12 @@ def _backend(device: int, dtype: torch.dtype) -> Backend | str:
         return "no 2:4 kernels for ROCm"
     candidates = [one for one in backends.BACKENDS if dtype in one.dtypes]
     if not candidates:
-        return f"no 2:4 kernels for {dtype}; float16 and bfloat16 have them"
+        return f"no 2:4 kernels for {dtype}, only for float16, bfloat16 and float8_e4m3fn"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"SM {capability[0]}.{capability[1]} has no 2:4 tensor cores; they begin with SM 8.0"
+    if dtype == FLOAT8 and capability < FLOAT8_CAPABILITY:
+        return f"SM {capability[0]}.{capability[1]} has no float8 tensor cores; they begin with SM 8.9"
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the 2:4 kernels of cuda:{device} must be tried before a CUDA graph capture: run the model once first"
@@ -68,10 +70,13 @@ def _backend(device: int, dtype: torch.dtype) -> Backend | str:
 
 
 def _linear(of: Backend, weight: Tensor, transposed: bool, input: Tensor, bias: Tensor | None) -> Tensor:
-    if (pack := of.packer("sparsify", weight.dtype)) is not None:
+    """weight: in bfloat16 where the product is one of float8."""
+    if input.dtype == FLOAT8 and (pack := of.packer("sparsify_float8", weight.dtype)) is not None:
+        packed = pack(weight, weight.new_ones((), dtype=torch.float32), "optimal")[int(transposed)]
+    elif input.dtype != FLOAT8 and (pack := of.packer("sparsify", weight.dtype)) is not None:
         packed = pack(weight, "optimal", weight.dtype)[int(transposed)]
     else:
-        packed = of.pack(weight.T if transposed else weight)
+        packed = of.pack((weight.T if transposed else weight).to(input.dtype))
     return of.multiply("linear", input, packed, weight.shape[int(transposed)], bias, False)
 
 
@@ -87,18 +92,17 @@ def _error_of(of: Backend, device: int, dtype: torch.dtype) -> float:
     ):
         n, k, m = 128, 192, 64
         weight = _integers(n, k, 5) * _two_of_four(n, k)
-        worst = 0.0
+        worst, stored = 0.0, torch.bfloat16 if dtype == FLOAT8 else dtype
         for transposed, features in ((False, n), (True, k)):
             input = _integers(m, weight.shape[0 if transposed else 1], 3)
             dense = input @ (weight if transposed else weight.T)
-            biases = [_integers(1, features, step)[0] for step in (7, 11)]
+            biases = [] if dtype == FLOAT8 else [_integers(1, features, step)[0] for step in (7, 11)]
             # Both at once: the second in the memory of the first would be right by the first one's address, too.
             placed = [bias.to(device="cuda", dtype=dtype) for bias in biases]
             for bias, there in ((None, None), *zip(biases, placed, strict=True)):
                 expected = dense if bias is None else dense + bias
-                output = _linear(
-                    of, weight.to(device="cuda", dtype=dtype), transposed, input.to(device="cuda", dtype=dtype), there
-                )
+                placed_weight = weight.to(device="cuda", dtype=stored)
+                output = _linear(of, placed_weight, transposed, input.to(device="cuda", dtype=dtype), there)
                 error = (output.double().cpu() - expected).norm() / expected.norm()
                 worst = max(worst, float(error) if error == error else float("inf"))
     return worst

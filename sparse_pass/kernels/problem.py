@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..vocabulary import PRODUCTS, Form, padded
+from ..vocabulary import FLOAT8, PRODUCTS, Form, output_dtype, padded
 
 
 class Problem(NamedTuple):
@@ -19,6 +19,10 @@ class Problem(NamedTuple):
     k: int
     bias: bool
     form: Form = "linear"
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return output_dtype(self.dtype)
 
     @property
     def output_shape(self) -> tuple[int, int]:
@@ -37,7 +41,7 @@ class Problem(NamedTuple):
     def like(self, rows: int) -> Problem:
         """The same with another number of rows of X, by whatever letter it goes here."""
         spec = PRODUCTS[self.form]
-        return self._replace(**{spec.rows: padded(rows, spec.multiple)})  # type: ignore[arg-type]
+        return self._replace(**{spec.rows: padded(rows, spec.multiple(self.dtype))})  # type: ignore[arg-type]
 
     @property
     def rows(self) -> int:
@@ -46,11 +50,13 @@ class Problem(NamedTuple):
 
 
 # Ids by the first two numbers of the library's version, dtype and form, the default first: those that were fastest for
-# some shape on an H200 with 0.8.0, benchmarks/results/kernels_algorithms*. An id means another kernel in another
-# version or dtype. Each was right alone for all shapes that were tried; trying all ids in one process has ended in an
-# illegal instruction. An id that nobody tried may do anything, so other versions keep algorithm 0. For "grad_input" the
-# library is asked for the same product as for "grad_weight", of other sizes: it has the ids of that.
+# some shape on an H200 (float8: an H100) with 0.8.0, benchmarks/results/kernels_algorithms*. An id means another kernel
+# in another version or dtype. Each was right alone for all shapes that were tried; trying all ids in one process has
+# ended in an illegal instruction. An id that nobody tried may do anything, so other versions keep algorithm 0. For
+# "grad_input" the library is asked for the same product as for "grad_weight", of other sizes: it has the ids of that.
 _IDS: dict[tuple[tuple[int, ...], torch.dtype, Form], tuple[int, ...]] = {
+    ((0, 8), FLOAT8, "linear"): (16, 0, 4, 6, 8, 17, 19, 24),
+    ((0, 8), FLOAT8, "grad_weight_t"): (12, 0, 6, 13, 18, 20, 21),
     ((0, 8), torch.bfloat16, "linear"): (17, 0, 4, 10, 12, 18, 20),
     ((0, 8), torch.bfloat16, "grad_weight"): (3, 0, 1, 2, 6),
     ((0, 8), torch.bfloat16, "input"): (1, 0, 17, 20),

@@ -108,6 +108,13 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> None:
         )
 
 
+def sparsify_mvue_float8(grad: Tensor, seed: Tensor, scale: Tensor) -> None:
+    sparsify_mvue(grad, seed)
+    round_float8(grad, scale)
+    if isinstance(grad.shape[1], int) and grad.shape[1] % TILE:
+        raise ValueError(f"grad is {list(grad.shape)}; its columns must be a multiple of {TILE}: use mvue24")
+
+
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> None:
     mvue24(grad, seed)
     if not _packs(grad):
@@ -122,7 +129,8 @@ def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | No
     spec, (what, count) = PRODUCTS[form], names
     name, _, letters = what.partition(" ")
     fits, k = False, 0
-    if dense.dtype == packed.dtype == FLOAT8 and form == "linear" and bias is None:
+    # Of float8 cuSPARSELt wants both operands with the dim last that it contracts over.
+    if dense.dtype == packed.dtype == FLOAT8 and form in ("linear", "grad_weight_t") and bias is None:
         dtypes: tuple[torch.dtype, ...] = (FLOAT8,)
     else:
         dtypes = KERNEL_DTYPES

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from ..vocabulary import KERNEL_DTYPES, MIN_CAPABILITY
+from ..vocabulary import FLOAT8, KERNEL_DTYPES, MIN_CAPABILITY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None:
         return Limits(device="cuda", capability=capability, unavailable="ROCm has no cuSPARSELt kernels")
-    if capability < MIN_CAPABILITY or dtype not in KERNEL_DTYPES:
+    if capability < MIN_CAPABILITY or dtype not in (*KERNEL_DTYPES, FLOAT8):
         return Limits(device="cuda", capability=capability)
     from ..kernels.probe import availability
 

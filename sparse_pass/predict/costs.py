@@ -24,9 +24,9 @@ class Predicted:
         return Limits(device="cuda", capability=self.gpu.capability)
 
     def product(self, product: Product) -> Times:
-        """Of a GEMM; None where a size is not known."""
+        """Of a GEMM; None where a size is not known, or for a dtype that was not measured."""
         sizes = product.m, product.n, product.k
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        if product.dtype not in KERNEL_DTYPES or not all(isinstance(size, int) and size > 0 for size in sizes):
             return None
         dense, sparse = self.gpu.gemm(product.form, *sizes)
         return sparse, dense
@@ -34,7 +34,8 @@ class Predicted:
     def preparation(self, preparation: Preparation) -> Times:
         """Of a structured operand; None for one that was not measured."""
         one = preparation
-        if not all(isinstance(size, int) for size in one.shape) or one.stored not in (*KERNEL_DTYPES, torch.float32):
+        known = one.dtype in KERNEL_DTYPES and one.stored in (*KERNEL_DTYPES, torch.float32)
+        if not known or not all(isinstance(size, int) for size in one.shape):
             return None
         elements = one.shape[0] * one.shape[1]
         stored = "float32" if one.stored == torch.float32 else "bfloat16"

@@ -176,6 +176,8 @@ def forecast(report: Report, others: Collection[str], costs: Predicted, work: Wo
     if dtypes - set(KERNEL_DTYPES):
         text = "GEMMs that are not in bfloat16 or float16 are not predicted: call the model under torch.autocast"
         notes += (f"{text}, or make it a bfloat16 one",)
+    if any((weight := weight_scheme(site.scheme)) and weight.precision == "float8" for site in report.sites):
+        notes += ("no times of float8 GEMMs are shipped: they count as 2:4 ones of 16 bits, and may be faster",)
     sites = tuple(_predicted(site) for site in report.sites if site.pattern not in others)
     values = {name: getattr(report, name) for name in _FIELDS_OF_REPORT} | {"sites": sites, "notes": notes}
     return Forecast(**values, gpu=costs.gpu.name, layers=layers, attention_us=attention, other_us=other)

@@ -20,7 +20,7 @@ import sparse_pass as sp
 from sparse_pass.ops.reference import weights
 
 FLOAT8 = sp.WeightSparsity(precision="float8")
-NO_KERNEL = "float8 has no 2:4 kernels yet: the same numbers are multiplied in the captured precision"
+NO_KERNEL = "no 2:4 kernels on cpu"
 sparse = torch.ops.sparse_pass
 
 
@@ -232,17 +232,50 @@ def test_other_fields() -> None:
     assert max(errors(actual, expected).values()) < 1e-5
 
 
-def test_mvue_stays_in_the_captured_precision() -> None:
-    model, x = nn.Sequential(nn.Tanh(), nn.Linear(16, 32)), leaf(64, 16)
-    scheme = sp.WeightSparsity(precision="float8", grad_weight="mvue")
+@pytest.mark.parametrize("backend", ["masked_dense", "cusparselt"])
+@pytest.mark.parametrize("rows", [64, 40])
+def test_mvue_is_rounded_too(backend: Any, rows: int) -> None:
+    """q(MVUE(dY))^T q(X), with half the scale of dY: MVUE may be twice as large."""
+    dtype = torch.bfloat16
+    model, x = nn.Sequential(nn.Tanh(), nn.Linear(64, 128)).to(dtype), leaf(2, rows // 2, 64, dtype=dtype)
+    scheme = sp.WeightSparsity(precision="float8", grad_weight="mvue", backend=backend)
     actual, expected, report = both(model, ("1",), x, scheme=scheme)
     gradient, dense = actual.gradients["1.weight"], expected.gradients["1.weight"]
     assert gradient is not None
     assert dense is not None
-    assert 0.1 < relative_error(gradient, dense) < 1
+    assert 0.1 < relative_error(gradient, dense) < 1.2
     expected.gradients["1.weight"] = gradient
-    assert max(errors(actual, expected).values()) < 1e-5
-    assert [site.grad_weight for site in report.sites] == ["masked_dense"]
+    assert max(errors(actual, expected).values()) < 2e-2
+    kernel = {"masked_dense": "masked_dense", "cusparselt": "reference"}[backend]
+    assert [site.grad_weight for site in report.sites] == [kernel]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_estimate_by_hand(dtype: torch.dtype) -> None:
+    grad, x = torch.randn(96, 128).to(dtype), torch.randn(96, 64).to(dtype)
+    seed = torch.tensor([11])
+    half = scale_by_hand(grad) / 2
+    kept = sparse.mvue24(grad, seed).float()
+    assert float(kept.abs().max()) * half <= 448
+    q, qx = (kept * half).to(torch.float8_e4m3fn), (x.float() * 8).to(torch.float8_e4m3fn)
+    packed, quantized = sparse.sparsify_mvue_float8(grad, seed, torch.tensor(half * 2))
+    assert packed.dtype == torch.float8_e4m3fn
+    assert torch.equal(quantized.float(), (grad.float() * half * 2).to(torch.float8_e4m3fn).float())
+    made = sparse.grad_weight_t(packed, qx.T.contiguous(), 128)
+    assert torch.equal(made, (q.float().T @ qx.float()).bfloat16())
+
+
+def test_packed_and_dense_estimates_agree() -> None:
+    """From one seed, by the reference kernels and by dense matmuls."""
+    model = nn.Sequential(nn.Tanh(), nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)).bfloat16()
+    x = leaf(48, 64, dtype=torch.bfloat16)
+    found = []
+    for backend in ("masked_dense", "cusparselt"):
+        scheme = sp.WeightSparsity(precision="float8", grad_weight="mvue", backend=backend)  # type: ignore[arg-type]
+        compiled = torch.compile(model, backend=sp.sparse_backend({"*": scheme}, model=model, inner="aot_eager"))
+        torch.manual_seed(3)
+        found.append(run(compiled, dict(model.named_parameters()), [x]))
+    assert max(errors(*found).values()) < 2e-2
 
 
 def test_not_finite() -> None:

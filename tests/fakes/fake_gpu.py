@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_pass import kernels
 from sparse_pass.kernels import cusparselt
+from sparse_pass.ops.reference import float8 as reference_float8
 from sparse_pass.ops.reference import gradients as reference_gradients
 from sparse_pass.ops.reference import inputs as reference_inputs
 from sparse_pass.ops.reference import weights as reference
@@ -29,6 +30,8 @@ KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
         "sparsify_one": reference.sparsify_one,
         "sparsify_input": reference_inputs.sparsify_input,
     },
+    "sparsify_float8": {"sparsify_float8": reference_float8.sparsify},
+    "mvue_float8": {"sparsify_mvue_float8": reference_float8.sparsify_mvue},
     "mvue": {
         "mvue24": reference_gradients.mvue24,
         "sparsify_mvue": reference_gradients.sparsify_mvue,

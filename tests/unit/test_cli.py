@@ -95,7 +95,7 @@ def test_doctor_of_a_gpu(
     found = json.loads(out)
     (device,) = found["devices"]
     assert status == int(not accelerated)
-    assert [one["dtype"] for one in device["kernels"]] == ["float16", "bfloat16"]
+    assert [one["dtype"] for one in device["kernels"]] == ["float16", "bfloat16", "float8_e4m3fn"]
     assert {one["layout"] for one in device["kernels"]} == {"sm90" if accelerated else ""}
     assert {one["verified"] for one in device["kernels"]} == {accelerated}
     assert ("compute capability 8.0" in found["remedy"]) is not accelerated

@@ -229,6 +229,22 @@ def test_patterns() -> None:
     ]
 
 
+def test_float8_is_not_measured_yet() -> None:
+    """Its kernels are taken, at the times of 16 bits, and a note says so."""
+    x = torch.empty(8192, 2048, device="meta", dtype=torch.bfloat16)
+    model = on_meta(nn.Sequential)
+    model.append(nn.Linear(2048, 2048, device="meta", dtype=torch.bfloat16))
+    wide, narrow = (
+        sp.explain(model, {"0": sp.WeightSparsity(precision=precision)}, device="h100")(x)
+        for precision in ("captured", "float8")
+    )
+    assert isinstance(wide, Forecast)
+    assert isinstance(narrow, Forecast)
+    assert narrow.sites[0].output == "cusparselt"
+    assert narrow.step_us == wide.step_us
+    assert any("no times of float8" in note for note in narrow.notes)
+
+
 def test_what_cannot_be_predicted() -> None:
     model = nn.Linear(64, 64)
     with pytest.raises(ValueError, match="device='a100': measurements are shipped for 'h200', 'h100'"):

@@ -142,7 +142,12 @@ def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
 
 def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
     """The estimate of grad [M, N], transposed and packed: `pack` of [Np, Mp], where Np is N rounded up as M is."""
-    return pack(*_estimate(torch.nn.functional.pad(grad, (0, padded(grad.shape[1]) - grad.shape[1])), seed))
+    return pack(*estimate(grad, seed))
+
+
+def estimate(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """What is packed: the estimate of grad^T, and which of it was kept, [Np, Mp]."""
+    return _estimate(torch.nn.functional.pad(grad, (0, padded(grad.shape[1]) - grad.shape[1])), seed)
 
 
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
