@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..vocabulary import FLOAT8
-from . import timings
+from . import progress, timings
 from .cusparselt import Plan
 from .cusparselt_library import version
 from .problem import Problem, algorithms
@@ -152,10 +152,9 @@ def _measured(
     with _MEASURING, timings.one_process_at_a_time(file):
         found = timings.known(file).get(name)
         if found is None or found.algorithm not in candidates:
-            # A warning, as it takes a moment that the user did not ask for; once per GPU, library version and shape.
-            log.warning("sparse_pass measures the 2:4 kernels for %s (tune='off' does not)", about)
             # Perhaps while a graph is compiled, under fake tensors and autocast: it must leave no trace there.
             with (
+                progress.shown(about, str(file.parent)),
                 _disable_current_modes(),
                 torch.no_grad(),
                 torch.autocast("cuda", enabled=False),
