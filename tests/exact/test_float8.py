@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from float8_by_hand import rounded, scale_by_hand
 from graph_printer import capture, printed
 from support import Result, errors, fresh_compile, invariants_checked, relative_error, run
 from torch import Tensor, nn
@@ -31,20 +32,6 @@ def _fresh() -> Iterator[None]:
 
 
 # The reference
-
-
-def scale_by_hand(tensor: Tensor) -> float:
-    largest = float(tensor.detach().abs().max())
-    power = 1.0
-    while largest * power <= 448:
-        power *= 2
-    while largest * power > 448:
-        power /= 2
-    return power
-
-
-def rounded(tensor: Tensor, scale: float) -> Tensor:
-    return ((tensor.detach().float() * scale).to(torch.float8_e4m3fn).float() / scale).to(tensor.dtype)
 
 
 class Product(torch.autograd.Function):

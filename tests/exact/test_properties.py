@@ -45,7 +45,8 @@ from random_networks import (
     meant,
     places,
 )
-from random_reference import Match, Seen, has_kernel, reference_of
+from random_reference import has_kernel, is_float8, reference_of
+from random_seen import Match, Seen
 from support import TOLERANCE, Result, errors, fresh_compile, invariants_checked, run, twins
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config

@@ -401,13 +401,14 @@ widths = st.one_of(
 _backends = st.sampled_from(["auto", "cusparselt", "masked_dense", "cusparselt"])
 
 
-def _weights(*grad_weight: str) -> st.SearchStrategy[sp.WeightSparsity]:
+def _weights(grad_weight: tuple[str, ...], *precision: str) -> st.SearchStrategy[sp.WeightSparsity]:
     return st.builds(
         sp.WeightSparsity,
         mask=st.sampled_from(["optimal", "greedy"]),
         grad_weight=st.sampled_from(grad_weight),
         decay=_mostly(0.0, 0.25, 2.0),
         scale=_mostly(1.0, "norm", 0.5),
+        precision=st.sampled_from(["captured", *precision]),
         backend=_backends,
     )
 
@@ -427,10 +428,10 @@ _gradients = st.builds(
     st.sampled_from(["grad_weight", "grad_input", "grad_weight grad_input"]),
     _backends,
 )
-_of_pairs = st.one_of(_weights("dense", "masked", "mvue"), _gradients)
+_of_pairs = st.one_of(_weights(("dense", "masked", "mvue")), _gradients)
 schemes = st.one_of(
-    _weights("dense", "masked"),
-    _weights("mvue"),
+    _weights(("dense", "masked"), "float8"),
+    _weights(("mvue",), "float8"),
     _inputs,
     _gradients,
     st.one_of(st.tuples(_of_pairs, _inputs), st.tuples(_inputs, _of_pairs)),

@@ -1,204 +1,98 @@
 """The straight-through reference of a random network: what the schemes say, eager.
 
-What is chosen from numbers that rounding may change is not chosen twice: a near tie of two magnitudes has either mask,
-and a last bit of grad_output draws another element. So the operators of the compiled network are watched, and the
-reference masks by what they saw and draws with their seeds. That they saw what it has itself is compared too.
+It takes the choices of the compiled network, see `random_seen`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from float8_by_hand import scale_by_hand
 from random_networks import Block, Network, Scheme
+from random_seen import Match
 from support import decay_of, mask_by_hand, ste_reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_pass as sp
 from sparse_pass.config import gradient_scheme, input_scheme, weight_scheme
-from sparse_pass.ops import definitions
-from sparse_pass.ops.reference import compiled
-from sparse_pass.ops.reference import gradients as reference_gradients
-
-FUSED: dict[str, Callable[..., Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "squared_relu": lambda x: F.relu(x) ** 2,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu_gate": lambda x, gate: F.silu(x) * gate,
-}
-INPUTS = ("input_mask24", "sparsify_input")
-GRADS = ("mvue24", "sparsify_mvue", "sparsify_mvue_sum")
-
-
-class Seen:
-    """What the operators of one call of a compiled network were given."""
-
-    def __init__(self) -> None:
-        self.inputs: list[Tensor] = []
-        """As a matrix, after the activation function that is fused."""
-        self.grads: list[tuple[Tensor, Tensor]] = []
-        """grad_output, and the seed."""
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        modules: list[Any] = [compiled]  # what Inductor's code calls, beside the operators
-        if torch.cuda.is_available():
-            from sparse_pass.kernels import compiled as compiled_for_gpus
-
-            modules.append(compiled_for_gpus)
-        library = torch.library.Library("sparse_pass", "IMPL")
-        with ExitStack() as stack:
-            stack.callback(library._destroy)
-            for name in (*INPUTS, *GRADS):
-                for module in modules:
-                    if hasattr(module, name):
-                        watched = self._watched(getattr(module, name), name)
-                        stack.enter_context(mock.patch.object(module, name, watched))
-                kernels = getattr(definitions, name.upper())
-                library.impl(name, self._watched(kernels.cpu, name), "CPU", allow_override=True)
-                library.impl(name, self._watched(kernels.cuda, name), "CUDA", allow_override=True)
-            yield
-
-    def _watched(self, kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
-        note = self._input if name in INPUTS else self._grad
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            note(*args)
-            return kernel(*args, **kwargs)
-
-        return call
-
-    def _input(self, x: Tensor, *rest: Any) -> None:
-        if x.numel() == 0:
-            return
-        gate, activation = (rest[0], rest[2]) if len(rest) == 3 else (None, "none")
-        sources = [x] if gate is None else [x, gate]
-        made = x if activation == "none" else FUSED[activation](*(one.float() for one in sources)).to(x.dtype)
-        self.inputs.append(made.detach().clone().reshape(-1, x.shape[-1]))
-
-    def _grad(self, grad: Tensor, seed: Tensor) -> None:
-        if grad.numel():
-            self.grads.append((grad.detach().clone(), seed.clone()))
-
-
-class Match:
-    """What a run of the reference takes of `Seen`.
-
-    A call takes the nearest that was seen, as there are calls that no operator sees and operators that run again in a
-    backward. ``pairs`` has what was seen, and beside it what the reference has in its place: they must agree.
-
-    Args:
-        like: another run of the reference, the choices of which are repeated.
-    """
-
-    def __init__(self, seen: Seen, like: Match | None = None) -> None:
-        self.seen, self.like = seen, like
-        self.inputs: list[int] = []
-        self.grads: list[int | None] = []
-        self.drawn: dict[tuple[str, str], set[bool]] = defaultdict(set)
-        """By the name of a place and of a GEMM: whether what it reads was drawn."""
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-
-    def input(self, x: Tensor) -> Tensor:
-        """What was seen of an input, which Inductor may have in float32; itself if it is empty: nothing is computed."""
-        if x.numel() == 0:
-            return x
-        if self.like is not None:
-            at: int | None = self.like.inputs[len(self.inputs)]
-        else:
-            at = _nearest(x, dict(enumerate(self.seen.inputs)))
-        assert at is not None, f"no input {list(x.shape)} was masked"
-        self.inputs.append(at)
-        self.pairs.append((self.seen.inputs[at].to(x.dtype), x.detach()))
-        return self.seen.inputs[at]
-
-    def grad(self, grad: Tensor, name: str, gemm: str) -> Tensor:
-        """The estimate of a grad_output, or of its transpose, from what was seen and the seed.
-
-        Itself if it stayed dense, or is empty: those are all alike.
-        """
-        if grad.numel() == 0:
-            return grad
-        if self.like is not None:
-            at = self.like.grads[len(self.grads)]
-        else:
-            left = {index: one for index, (one, _) in enumerate(self.seen.grads) if index not in self.grads}
-            at = _nearest(grad, left)
-            if at is not None and _distance(left[at], grad) > 0.5 * float(grad.double().norm()):
-                at = None
-        self.grads.append(at)
-        self.drawn[name, gemm].add(at is not None)
-        if at is None:
-            return grad
-        self.pairs.append((self.seen.grads[at][0].to(grad.dtype), grad))
-        return reference_gradients.mvue24(*self.seen.grads[at]).to(grad.dtype)
-
-    def check_all_taken(self, tolerance: float) -> None:
-        """Nothing was masked or drawn that the reference has not."""
-        left = len(self.seen.grads) - len({at for at in self.grads if at is not None})
-        assert not left, f"{left} gradients were drawn for no linear of the reference"
-        taken = {at: self.seen.inputs[at] for at in self.inputs}
-        for at, x in enumerate(self.seen.inputs):
-            # A backward that runs the forward again masks the same input again.
-            same = _nearest(x, taken)
-            found = at in taken or (same is not None and _distance(taken[same], x) <= tolerance * float(x.norm()))
-            assert found, f"an input {list(x.shape)} was masked that no linear of the reference has"
-
-
-def _distance(one: Tensor, two: Tensor) -> float:
-    return float((one.detach().double() - two.detach().double()).norm())
-
-
-def _nearest(x: Tensor, among: Mapping[int, Tensor]) -> int | None:
-    fitting = {at: _distance(one, x) for at, one in among.items() if one.shape == x.shape}
-    return min(fitting, key=lambda at: fitting[at], default=None)
 
 
 class Product(torch.autograd.Function):
-    """x [M, K] times w^T [K, N] and b, by the table of the README."""
+    """x [M, K] times w^T [K, N] and b, by the table of the README. s is S(w), kept its mask."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, kept: Tensor | None, scheme: Scheme, match: Match, name: str
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        s: Tensor,
+        kept: Tensor | None,
+        scheme: Scheme,
+        match: Match,
+        name: str,
     ) -> Tensor:
         on_input = input_scheme(scheme)
         kept_x = None if on_input is None else mask_by_hand(match.input(x), on_input.mask)
-        ctx.save_for_backward(x, w, kept, kept_x)
+        read, multiplied = match.float8.operand(x) if is_float8(scheme) else (x, False)
+        ctx.save_for_backward(x, s, kept, kept_x, read)
         ctx.scheme, ctx.match, ctx.name = scheme, match, name
-        left, right = (x, _sparse(w, kept, scheme).T) if kept_x is None else (_masked(x, kept_x), w.T)
+        left, right = (read, s.T) if kept_x is None else (_masked(x, kept_x), w.T)
+        if multiplied:
+            return _float8_product(left, right, b)
         # Rounded once, as by the graph, see `_adds_at_once`.
         return left @ right if b is None else torch.addmm(b, left, right)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, kept, kept_x = ctx.saved_tensors
+        x, s, kept, kept_x, read = ctx.saved_tensors
         on_weight, on_input, on_grad = (of(ctx.scheme) for of in (weight_scheme, input_scheme, gradient_scheme))
         grad_weight = grad_input = None
         if ctx.needs_input_grad[0]:
             estimate = grad
             if isinstance(on_grad, sp.GradientSparsity) and on_grad.grad_input == "mvue":
                 estimate = ctx.match.grad(grad.T, ctx.name, "grad_input").T
-            grad_input = estimate @ _sparse(w, kept, ctx.scheme)
+            multiplied = False
+            if is_float8(ctx.scheme):
+                estimate, multiplied = ctx.match.float8.operand(grad)
+            grad_input = _float8_product(estimate, s) if multiplied else estimate @ s
         if grad_input is not None and on_input is not None and on_input.grad_input == "masked":
             grad_input = _masked(grad_input, kept_x)
         if ctx.needs_input_grad[1]:
             if on_grad is not None and on_grad.grad_weight == "mvue":
-                grad_weight = ctx.match.grad(grad, ctx.name, "grad_weight").T @ x
+                grad_weight = _estimated_grad_weight(ctx, grad, x, read)
             else:
                 grad_weight = grad.T @ _masked(x, kept_x)
             if on_weight is not None and on_weight.grad_weight == "masked":
                 grad_weight = _masked(grad_weight, kept)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_input, grad_weight, grad_bias, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None
+
+
+def is_float8(scheme: Scheme) -> bool:
+    on_weight = weight_scheme(scheme)
+    return on_weight is not None and on_weight.precision == "float8"
+
+
+def _estimated_grad_weight(ctx: Any, grad: Tensor, x: Tensor, read: Tensor) -> Tensor:
+    if not is_float8(ctx.scheme):
+        return ctx.match.grad(grad, ctx.name, "grad_weight").T @ x  # type: ignore[no-any-return]
+    drawn = ctx.match.grad_float8(grad, ctx.name, "grad_weight")
+    if drawn is None:
+        return grad.T @ x
+    estimate, packed = drawn
+    return _float8_product(estimate.T, read) if packed else estimate.T @ read
+
+
+def _float8_product(left: Tensor, right: Tensor, b: Tensor | None = None) -> Tensor:
+    """As the kernels multiply: sums in float32, the result in bfloat16, to which the bias is added in float32."""
+    made = (left.float() @ right.float()).bfloat16().float()
+    return (made if b is None else made + b.float()).to(left.dtype)
 
 
 def _sparse(weight: Tensor, kept: Tensor | None, scheme: Scheme) -> Tensor:
@@ -218,10 +112,16 @@ def _multiplied(x: Tensor, block: Block, scheme: Scheme, match: Match, name: str
     weight, kept = fc.weight.to(dtype), None
     if on_weight is not None:
         kept = sp.mask24(fc.weight, on_weight.mask)
+    if on_weight is not None and is_float8(scheme):
+        # In the dtype of the parameter, by the scale of all of it.
+        made = _sparse(fc.weight.detach(), kept, scheme)
+        structured = match.float8.known(made, scale_by_hand(fc.weight, on_weight.factor)).to(dtype)
+    else:
+        structured = _sparse(weight.detach(), kept, scheme)
     if way == "Conv1D":
-        weight, kept = weight.T, None if kept is None else kept.T
+        weight, structured, kept = weight.T, structured.T, None if kept is None else kept.T
     rows, halves = x.to(dtype).reshape(-1, x.shape[-1]), 2 if way == "halves" else 1
-    weights = weight.chunk(halves)
+    weights, structureds = weight.chunk(halves), structured.chunk(halves)
     kepts = [None] * len(weights) if kept is None else kept.chunk(halves)
     added = fc.bias
     own = added is not None and way in ("module", "F.linear", "Conv1D")
@@ -232,7 +132,10 @@ def _multiplied(x: Tensor, block: Block, scheme: Scheme, match: Match, name: str
     apart = on_input is not None and on_input.mask != "rowwise"
     at_once &= not (apart and has_kernel(on_input, dtype, weight.shape, (16, 64), x.device.type))
     inside = added if at_once else None
-    parts = [Product.apply(rows, w, inside, k, scheme, match, name) for w, k in zip(weights, kepts, strict=True)]
+    parts = [
+        Product.apply(rows, w, inside, s, k, scheme, match, name)
+        for w, s, k in zip(weights, structureds, kepts, strict=True)
+    ]
     y = torch.cat(parts, -1).view(*x.shape[:-1], weight.shape[0])
     return y if added is None or at_once else y + added
 
@@ -275,7 +178,7 @@ def reference_of(network: Network, schemes: Mapping[str, Scheme], match: Match) 
     masked = {
         name: scheme
         for name, scheme in schemes.items()
-        if isinstance(scheme, sp.WeightSparsity) and scheme.grad_weight != "mvue"
+        if isinstance(scheme, sp.WeightSparsity) and scheme.grad_weight != "mvue" and not is_float8(scheme)
     }
     reference = ste_reference(network, masked)
     decayed = set()

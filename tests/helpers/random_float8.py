@@ -1,0 +1,138 @@
+"""What a compiled random network rounded to float8, and what its reference rounds in its place.
+
+A number next to the middle of two of float8 becomes either of them, depending on a last bit, and then differs by up to
+an eighth. So the reference rounds the numbers that the operators of the compiled network were given, by its own hand.
+It assigns them by rank, the smallest to its own smallest: a network rounds a tensor before the views that bring it to
+a matmul, in whatever order it lies in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from float8_by_hand import rounded, scale_by_hand
+from torch import Tensor
+
+
+class Rounding(NamedTuple):
+    """A tensor that is rounded."""
+
+    numbers: Tensor
+    """All of it, sorted."""
+    scale: float
+
+
+class SeenFloat8:
+    """What the float8 operators of one call of a compiled network were given."""
+
+    def __init__(self) -> None:
+        self.rounded: list[Rounding] = []
+        self.multiplied: list[Tensor] = []
+        """The inputs of float8 products, sorted, still times their scales."""
+        self.watched: Mapping[str, Callable[..., None]] = {
+            "round_float8": self.round,
+            "quantize_float8": self.round,
+            "sparsify_float8": self._pack,
+            "linear": self._multiply,
+            "linear_into": self._multiply,
+        }
+
+    def round(self, tensor: Tensor, scale: Tensor) -> None:
+        if tensor.numel():
+            self.rounded.append(Rounding(_sorted(tensor), float(scale)))
+
+    def _pack(self, weight: Tensor, scale: Tensor, mask: str, factor: float = 1.0) -> None:
+        assert float(scale) == scale_by_hand(weight, factor), "another scale of a packed weight"
+
+    def _multiply(self, x: Tensor, *rest: Any, **kwargs: Any) -> None:
+        if x.dtype == torch.float8_e4m3fn and x.numel():
+            self.multiplied.append(_sorted(x.float()))
+
+
+class _Made(NamedTuple):
+    """What the reference rounds in one place."""
+
+    given: Tensor
+    """As the network has it; rounded already where Inductor rounds it in a kernel of its own, which nobody sees."""
+    is_rounded: bool
+    result: Tensor
+    multiplied: bool
+
+
+class MatchFloat8:
+    """What a run of the reference takes of `SeenFloat8`, as `random_seen.Match`."""
+
+    def __init__(self, seen: SeenFloat8, like: MatchFloat8 | None = None) -> None:
+        self._seen, self._like = seen, like
+        self._made: list[_Made] = []
+        self._taken: list[Rounding] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def operand(self, x: Tensor) -> tuple[Tensor, bool]:
+        """What a matmul reads of an input or a grad_output, in the dtype of that; and whether it is a product of float8
+        numbers, which gives bfloat16. An empty tensor stays as it is."""
+        if x.numel() == 0:
+            return x, False
+        made = self._nearest(x) if self._like is None else self._like._made[len(self._made)]
+        self._made.append(made)
+        own = rounded(x, scale_by_hand(x)) if made.is_rounded else x.detach()
+        self.pairs.append((made.given.to(x.dtype), own))
+        return made.result.to(x.dtype), made.multiplied
+
+    def known(self, tensor: Tensor, scale: float) -> Tensor:
+        """What becomes of a tensor that the network must have with the same bits."""
+        if tensor.numel():
+            self._taken.append(Rounding(_sorted(tensor), scale))
+        return rounded(tensor, scale)
+
+    def _nearest(self, x: Tensor) -> _Made:
+        own, scale = _sorted(x), scale_by_hand(x)
+        far, at = _nearest(own, [one.numbers for one in self._seen.rounded])
+        own = rounded(own.float(), scale) * scale
+        other_far, other_at = _nearest(own, self._seen.multiplied)
+        assert min(far, other_far) < 0.5, f"no input or grad_output like this {list(x.shape)} was rounded"
+        if other_far < far:
+            given = _in_the_order_of(x, self._seen.multiplied[other_at]) / scale
+            return _Made(given, True, given, True)
+        self._taken.append(taken := self._seen.rounded[at])
+        given = _in_the_order_of(x, taken.numbers)
+        assert taken.scale == scale_by_hand(given), f"rounded times {taken.scale}"
+        result = rounded(given, taken.scale)
+        scaled = _sorted(result.float()) * taken.scale
+        return _Made(given, False, result, any(_far(one, scaled) == 0 for one in self._seen.multiplied))
+
+    def check_all_taken(self, tolerance: float) -> None:
+        """Nothing was rounded that the reference has not, and nothing by another scale."""
+        for one in self._seen.rounded:
+            found = any(
+                one.scale == other.scale and _far(one.numbers, other.numbers) <= tolerance for other in self._taken
+            )
+            assert found, f"{one.numbers.numel()} numbers were rounded, times {one.scale}, that the reference has not"
+
+
+def _sorted(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten().sort().values
+
+
+def _in_the_order_of(x: Tensor, numbers: Tensor) -> Tensor:
+    """Sorted numbers in the shape of a tensor, the smallest where that has its smallest. What is expanded was rounded
+    before."""
+    result = numbers.new_empty(x.numel())
+    result[x.detach().flatten().argsort()] = numbers.repeat_interleave(x.numel() // numbers.numel())
+    return result.view(x.shape)
+
+
+def _far(numbers: Tensor, own: Tensor) -> float:
+    """Relative distance, where both are sorted."""
+    if own.numel() % numbers.numel():
+        return float("inf")
+    repeated = numbers.double().repeat_interleave(own.numel() // numbers.numel())
+    difference, norm = (repeated - own.double()).norm(), own.double().norm()
+    return float(difference / norm) if norm else float(difference)
+
+
+def _nearest(own: Tensor, among: list[Tensor]) -> tuple[float, int]:
+    """How far it is, and its number."""
+    return min(((_far(one, own), at) for at, one in enumerate(among)), default=(float("inf"), -1))
