@@ -23,14 +23,20 @@ class Rounding(NamedTuple):
     """All of it, sorted."""
     scale: float
 
+    def gives(self, products: Tensor) -> bool:
+        """Whether these are its float8 numbers, sorted and times the scale."""
+        return _far(rounded(self.numbers.float(), self.scale) * self.scale, products) == 0
+
 
 class SeenFloat8:
     """What the float8 operators of one call of a compiled network were given."""
 
     def __init__(self) -> None:
         self.rounded: list[Rounding] = []
-        self.multiplied: list[Tensor] = []
-        """The inputs of float8 products, sorted, still times their scales."""
+        self.multiplied: set[int] = set()
+        """Which of these float8 products read."""
+        self.others: list[Tensor] = []
+        """What such products read beside, sorted and times its scale: Inductor rounds in kernels that nobody sees."""
         self.watched: Mapping[str, Callable[..., None]] = {
             "round_float8": self.round,
             "quantize_float8": self.round,
@@ -48,15 +54,19 @@ class SeenFloat8:
 
     def _multiply(self, x: Tensor, *rest: Any, **kwargs: Any) -> None:
         if x.dtype == torch.float8_e4m3fn and x.numel():
-            self.multiplied.append(_sorted(x.float()))
+            numbers = _sorted(x.float())
+            made = {at for at, one in enumerate(self.rounded) if one.gives(numbers)}
+            self.multiplied |= made
+            self.others += [] if made else [numbers]
 
 
 class _Made(NamedTuple):
     """What the reference rounds in one place."""
 
     given: Tensor
-    """As the network has it; rounded already where Inductor rounds it in a kernel of its own, which nobody sees."""
+    """As the network has it."""
     is_rounded: bool
+    """Whether that is rounded already, see `SeenFloat8.others`."""
     result: Tensor
     multiplied: bool
 
@@ -91,17 +101,15 @@ class MatchFloat8:
         own, scale = _sorted(x), scale_by_hand(x)
         far, at = _nearest(own, [one.numbers for one in self._seen.rounded])
         own = rounded(own.float(), scale) * scale
-        other_far, other_at = _nearest(own, self._seen.multiplied)
+        other_far, other_at = _nearest(own, self._seen.others)
         assert min(far, other_far) < 0.5, f"no input or grad_output like this {list(x.shape)} was rounded"
         if other_far < far:
-            given = _in_the_order_of(x, self._seen.multiplied[other_at]) / scale
+            given = _in_the_order_of(x, self._seen.others[other_at]) / scale
             return _Made(given, True, given, True)
         self._taken.append(taken := self._seen.rounded[at])
         given = _in_the_order_of(x, taken.numbers)
         assert taken.scale == scale_by_hand(given), f"rounded times {taken.scale}"
-        result = rounded(given, taken.scale)
-        scaled = _sorted(result.float()) * taken.scale
-        return _Made(given, False, result, any(_far(one, scaled) == 0 for one in self._seen.multiplied))
+        return _Made(given, False, rounded(given, taken.scale), at in self._seen.multiplied)
 
     def check_all_taken(self, tolerance: float) -> None:
         """Nothing was rounded that the reference has not, and nothing by another scale."""

@@ -91,7 +91,8 @@ def _estimated_grad_weight(ctx: Any, grad: Tensor, x: Tensor, read: Tensor) -> T
 
 def _float8_product(left: Tensor, right: Tensor, b: Tensor | None = None) -> Tensor:
     """As the kernels multiply: sums in float32, the result in bfloat16, to which the bias is added in float32."""
-    made = (left.float() @ right.float()).bfloat16().float()
+    with torch.autocast(left.device.type, enabled=False):
+        made = (left.float() @ right.float()).bfloat16().float()
     return (made if b is None else made + b.float()).to(left.dtype)
 
 
