@@ -26,7 +26,7 @@ from torch import nn
 
 import sparse_pass as sp
 
-LINEARS = {"Llama": "re:.*\\.(qkv|proj|gate|up|down)", "ViT": "blocks.*", "MLP": "re:.*fc[12]"}
+LINEARS = {"Llama": "re:.*\\.(qkv|proj|gate|up|down)", "ViT": "re:blocks\\..*", "MLP": "re:.*fc[12]"}
 SCHEMES = {
     "w24": sp.WeightSparsity(),
     "w24, mvue": sp.WeightSparsity(grad_weight="mvue"),
