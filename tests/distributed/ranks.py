@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from compile_time import quick_dynamo, rare_collections
 from support import TOLERANCE, original_name, python_environment, relative_error, ste_reference
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -175,6 +176,7 @@ def main(compositions: Mapping[str, Callable[[], None]]) -> None:
     store = tempfile.mktemp()
     with torch.no_grad():  # imports what all ranks would import each by itself; a backward would bar autograd from them
         sp.explain(network(), CONFIG)(batch(0)[0])
+    rare_collections()
     children = []
     for rank in range(int(count)):
         child = os.fork()
@@ -192,7 +194,8 @@ def _rank(rank: int, count: int, store: str, compositions: Mapping[str, Callable
     for name, composition in compositions.items():
         torch._dynamo.reset()
         try:
-            composition()
+            with quick_dynamo():
+                composition()
         except BaseException:  # the others wait for this rank in vain: no later composition can run
             traceback.print_exc()
             print(f"wrong: {name} on rank {rank}", file=sys.stderr, flush=True)
