@@ -425,6 +425,7 @@ def test_pair_with_kernels() -> None:
 # Graphs
 
 
+@pytest.mark.loops
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fused_activations_round_as_inductor_does(dtype: torch.dtype) -> None:
     """Once, from float32: a near tie has the same mask whether a kernel computes the activation or Inductor."""

@@ -24,7 +24,7 @@ def quick_dynamo() -> Iterator[None]:
     trace = logging.getLogger("torch.__trace")
     with (
         # It flushes the processor's caches to time the guards once: 35 ms for a number in a log.
-        mock.patch("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0),
+        mock.patch("torch._dynamo.guards.profile_guard_manager", return_value=0.0),
         # pytest adds handlers to a logger that does not propagate, in each phase of a test. With any, torch formats
         # every event of its trace log: 40% of a compile's time.
         mock.patch.object(trace, "handlers", []),

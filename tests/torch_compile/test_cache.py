@@ -29,7 +29,6 @@ from torch.utils.checkpoint import checkpoint
 import sparse_pass as sp
 from sparse_pass import graph_pass, inductor, one_graph
 
-# The op nodes leave Inductor no C++ to compile, so a compilation takes a second and not ten.
 SPARSE = sp.WeightSparsity(backend="cusparselt")
 MISSPELT = {"0": SPARSE, "zero": SPARSE}
 
