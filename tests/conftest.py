@@ -45,7 +45,7 @@ def fresh_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     Tests of the caches themselves turn them on again. Inductor writes loops only for tests whose marker says so.
     """
     torch.manual_seed(0)
-    loops = ALL_LOOPS or not {"loops", "gpu"}.isdisjoint(request.keywords)
+    loops = ALL_LOOPS or any(request.node.get_closest_marker(name) for name in ("loops", "gpu"))
     with fresh_compile(), nullcontext() if loops else no_loops():
         yield
 

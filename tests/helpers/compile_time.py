@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from unittest import mock
 
-import torch
 from torch.fx import Node
 
 
@@ -45,12 +44,15 @@ def no_loops() -> Iterator[None]:
     Its passes over the graph, the lowering of this package's operators, the planning of memory and the code around the
     calls are those that users get. It is what torch has as ``mode="lite"``, of the lowering alone.
     """
-    by_default = torch._inductor.utils.should_fallback_by_default
+    from torch._inductor import config, utils  # takes seconds, which a program that needs no Inductor saves
+
+    by_default = utils.should_fallback_by_default
 
     def falls_back(node: Node) -> bool:
         return by_default(node) and getattr(node.target, "namespace", "") != "sparse_pass"
 
-    with ExitStack() as stack:
-        stack.enter_context(torch._inductor.config.patch(fallback_by_default=True))
-        stack.enter_context(mock.patch("torch._inductor.graph.should_fallback_by_default", falls_back))
+    with (
+        config.patch(fallback_by_default=True),
+        mock.patch("torch._inductor.graph.should_fallback_by_default", falls_back),
+    ):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
@@ -100,6 +101,17 @@ def leaf(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(16, 64), (2, 8, 64)], ids=str)
 def test_direct_calls(model: nn.Module, shape: tuple[int, ...]) -> None:
     assert calls(model, leaf(*shape)) == (DIRECT, {})
+
+
+@pytest.mark.parametrize("loops", [False, pytest.param(True, marks=pytest.mark.loops)], ids=["ATen", "loops"])
+def test_inductor_writes_loops_where_a_test_asks_for_them(model: nn.Module, loops: bool) -> None:
+    """The tests themselves: without loops the kernels are called as directly, and ATen for all around them."""
+    with fresh_compile(), torch.no_grad():
+        compiled = torch.compile(model, backend=sp.sparse_backend(BOTH))
+        _, (code,) = run_and_get_code(lambda: compiled(torch.randn(16, 64, dtype=torch.bfloat16)))
+    assert code.count("linear_into(") == 2
+    loops |= "SPARSE_PASS_LOOPS" in os.environ
+    assert ("ops.aten.sin.default(" in code, "cpp_pybinding(" in code) == (not loops, loops)
 
 
 def test_rows_that_must_be_padded(model: nn.Module) -> None:
