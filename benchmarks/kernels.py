@@ -189,7 +189,7 @@ def algorithms_table(seconds: float, dtype: torch.dtype, every: bool) -> pd.Data
             dense_us = round(replayed(dense_matmul(problem, kept, dense, bias), seconds, 3))
             times = {}
             ids = range(cusparselt.Plan(problem, 0, bias).algorithms) if every else ()
-            for algorithm in ids or algorithms(version(), dtype, problem.form):
+            for algorithm in ids or algorithms(version(), dtype, problem.form, problem.capability):
                 try:
                     plan = cusparselt.Plan(problem, algorithm, bias)
                     times[algorithm] = round(replayed(lambda: plan(dense, packed, bias), seconds, 3))  # noqa: B023

@@ -32,11 +32,11 @@ def microseconds(step: Callable[[], object], seconds: float = 1.0, warmup: int =
     for _ in range(warmup):
         step()
     torch.cuda.synchronize()
-    once = _timed(step, 1)[0]
-    return median(_timed(step, max(5, min(200, int(seconds * 1e6 / max(once, 1.0))))))
+    once = timed(step, 1)[0]
+    return median(timed(step, max(5, min(200, int(seconds * 1e6 / max(once, 1.0))))))
 
 
-def _timed(step: Callable[[], object], count: int) -> list[float]:
+def timed(step: Callable[[], object], count: int) -> list[float]:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:
@@ -59,8 +59,8 @@ def race(steps: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dic
     torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in [*steps.items(), *reversed(steps.items())]:
-        once = median(_timed(step, 3))
-        found = _timed(step, max(8, min(2000, int(seconds / 2 * 1e6 / max(once, 1.0)))))
+        once = median(timed(step, 3))
+        found = timed(step, max(8, min(2000, int(seconds / 2 * 1e6 / max(once, 1.0)))))
         times[name] += found[len(found) // 4 :]
     return {name: median(found) for name, found in times.items()}
 

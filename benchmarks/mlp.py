@@ -128,6 +128,21 @@ def measure(
     return found
 
 
+def original_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of 2:4 weights, with the columns of the original work, microseconds."""
+    names = {
+        "M, dim, hidden": "M, dim, hidden",
+        "dtype": "dtype",
+        "mode": "mode",
+        "activation": "activation",
+        "dense us": "dense",
+        "us": "2:4 weights",
+        "s24_inp_sparsify24 us": "s24_inp_sparsify24",
+        "s24_inp_clone us": "s24_inp_clone",
+    }
+    return table[table["variant"] == "w24"].rename(columns=names)[list(names.values())]
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
@@ -148,6 +163,9 @@ def main() -> None:
         table = pd.DataFrame(rows).round(3)
         save(table, args.name, args.out, about)  # after each: the last one may take long
         bars(table, ["M, dim, hidden", "dtype", "mode", "activation"], "variant", "speedup", args.name, args.out)
+    if "w24" in args.variants:
+        about = "GPU microseconds a step, in the columns of the original work: a row for a table of GPUs."
+        save(original_table(table), f"{args.name}_original", args.out, about)
 
 
 if __name__ == "__main__":

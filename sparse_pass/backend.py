@@ -149,7 +149,7 @@ class SparseBackend:
         retrace = Retrace(graph_module) if graph.names.ours else None
         with sparse_pass.seeing(graph.names, retrace):
             # What torch.compile(mode=..., options=...) would make of them, its errors included.
-            options = with_pass(sparse_pass, options, see_graph=False)
+            options = with_pass(sparse_pass, options)
             self._inductor = torch._TorchCompileInductorWrapper(mode, options, None)
             return self._inductor(graph_module, inputs)  # type: ignore[no-any-return]
 

@@ -62,8 +62,3 @@ def captured(graph_module: GraphModule, model: nn.Module | None, patterns: Seque
         checked=model is not None,
     )
     return Captured(names, inputs, region)
-
-
-def graph_names(graph_module: GraphModule, model: nn.Module | None) -> Names:
-    """The names alone."""
-    return captured(graph_module, model).names

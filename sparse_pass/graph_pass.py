@@ -19,8 +19,8 @@ from .config import Config, Require, Scheme, Tune
 from .fqn import choose, parse_config
 from .graph.parameters import Names
 from .one_graph import is_logged, rewrite_graph
-from .plan.costs import Measured
-from .plan.limits import Limits, device_limits
+from .plan.costs import Costs, Measured
+from .plan.limits import AskLimits, Limits, device_limits
 from .plan.table import structured_operands
 from .report import Report, Site, merge
 from .shared_graphs import with_sharing
@@ -57,6 +57,9 @@ class SparsePass(CustomGraphPass):
         self.tune = tune
         self.require = require
         self.patterns = parse_config(config)
+        # What plans ask of a device and of its kernels; `explain` asks shipped measurements of another one instead.
+        self.limits: AskLimits = device_limits
+        self.costs: Costs | None = Measured() if tune == "auto" else None
         # Each with the names that its graph was shown with, if it was.
         self._reports: list[tuple[Names | None, Report]] = []
         # Names of the graph that a thread is compiling. Compilation may run on several threads at once.
@@ -82,8 +85,8 @@ class SparsePass(CustomGraphPass):
             self._awaited.pop(names, None)
             if not names.ours:
                 return
-        costs = Measured() if self.tune == "auto" else None
-        report = rewrite_graph(graph, self.patterns, names, strict=self.strict, costs=costs)
+        limits, costs = self.limits, self.costs
+        report = rewrite_graph(graph, self.patterns, names, strict=self.strict, limits=limits, costs=costs)
         if names is not None and names.sharing:
             report = with_sharing(report, names.sharing)
         if self.require == "sparse":

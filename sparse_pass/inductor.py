@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from .capture import copy_graph, report_graph
-from .captured import graph_names
+from .captured import captured
 from .config import Config
 from .graph_pass import SparsePass
+from .model_names import check_names, unwrapped
 from .one_graph import is_logged
 from .report import Report
 
@@ -43,13 +46,16 @@ class PassChain(CustomGraphPass):
 class SeeGraph(CustomGraphPass):
     """Pre-grad pass of `inductor_options`: shows a SparsePass what Dynamo captured. Changes nothing."""
 
-    def __init__(self, sparse_pass: SparsePass) -> None:
+    def __init__(self, sparse_pass: SparsePass, model: nn.Module | None = None) -> None:
         self._pass = sparse_pass
+        # Options stay in Inductor's config, or with compiled code: a strong reference would keep the parameters alive.
+        self._model = None if model is None else weakref.ref(model)
 
     def __call__(self, graph: Graph) -> None:
         module = graph.owning_module
         if module is not None:
-            self._pass.see(graph_names(module, None), Retrace(module))
+            model = None if self._model is None else self._model()
+            self._pass.see(captured(module, model, self._pass.patterns).names, Retrace(module))
             if is_logged():
                 _report_after_compilation(self._pass)
 
@@ -92,7 +98,9 @@ class Retrace:
             report_graph(self._graph, sparse_pass)
 
 
-def inductor_options(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def inductor_options(
+    config: Config, options: Mapping[str, Any] | None = None, *, model: nn.Module | None = None
+) -> dict[str, Any]:
     """Inductor options with the pass added: ``torch.compile(model, options=inductor_options(config))``.
 
     Also for ``torch._inductor.config.patch(inductor_options(config))``. Passes that ``options``, or else
@@ -102,18 +110,25 @@ def inductor_options(config: Config, options: Mapping[str, Any] | None = None) -
     Args:
         config: names to schemes, as for :func:`sparse_backend`.
         options: Inductor options to build on; not changed.
+        model: checks the names at once, and makes them absolute where parts of the model are compiled one by one. Which
+            named layers no graph has read it cannot tell: for that use :func:`sparse_backend`.
 
     Raises:
-        ValueError: bad config.
+        ValueError: bad config; with ``model``, what :func:`sparse_backend` refuses of names.
     """
-    return with_pass(SparsePass(config), dict(options or {}), see_graph=True)
+    sparse_pass = SparsePass(config)
+    if model is not None:
+        model = unwrapped(model)
+        check_names(model, sparse_pass.patterns)
+    return with_pass(sparse_pass, dict(options or {}), SeeGraph(sparse_pass, model))
 
 
-def with_pass(sparse_pass: SparsePass, options: dict[str, Any], *, see_graph: bool) -> dict[str, Any]:
+def with_pass(sparse_pass: SparsePass, options: dict[str, Any], see: SeeGraph | None = None) -> dict[str, Any]:
+    """Options with the pass, and with what shows it the names of each graph, if nothing else does."""
     options = {key.replace("-", "_"): value for key, value in options.items()}
     options["joint_custom_pre_pass"] = _chained("joint_custom_pre_pass", options, sparse_pass)
-    if see_graph:
-        options["pre_grad_custom_pass"] = _chained("pre_grad_custom_pass", options, SeeGraph(sparse_pass))
+    if see is not None:
+        options["pre_grad_custom_pass"] = _chained("pre_grad_custom_pass", options, see)
         if hasattr(inductor_config, "pre_grad_pass_timing"):
             # Before the cache lookup, as torch 2.11 does: a warm start must show the graph too.
             options["pre_grad_pass_timing"] = "early"

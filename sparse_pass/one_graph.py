@@ -60,7 +60,7 @@ def rewrite_graph(
     training = has_backward(graph) if step is None else bool(step_backward(graph, parameters))
     if plan.linears:
         apply_plan(graph, plan, _fake_mode(graph))
-    notes = []
+    notes = [*plan.notes]
     if names is None and not parameters:
         notes.append("parameter names are not visible to a pass that sees the ATen graph only: linears are known"
                      " by their modules; use sparse_backend or inductor_options to name parameters")  # fmt: skip

@@ -24,19 +24,24 @@ KERNEL_TILE = 64
 """The packed layout is made of tiles of 64x64: N and K of a sparse GEMM must be multiples of 64."""
 GRAD_TILE = 16
 """K of a 2:4 gradient's GEMM, whose sparse operand is [N, M], must be a multiple of 16: a limit of cuSPARSELt."""
-ROW_MULTIPLE = 8
-"""cuSPARSELt takes the M of a product, see `Product`, in multiples of 8."""
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_OUTPUT = torch.bfloat16
 """Of a product of float8 operands, before it is multiplied by the inverse of their scales."""
 MIN_CAPABILITY = (8, 0)
 """Sparse tensor cores came with SM80 (A100)."""
+FLOAT8_CAPABILITY = (8, 9)
+"""Tensor cores for float8 came with SM89."""
 
 MASKS = ("optimal", "greedy")
 """Masks of 4x4 tiles, two of four along rows and columns."""
 
-Form = Literal["linear", "grad_weight", "input", "input_grad_weight", "grad_input"]
+Layout = Literal["sm90", "sm80", "cutlass", "dense"]
+"""Orders of a packed matrix, `ops.reference.weights.pack`: of cuSPARSELt on SM90 and on SM8x, and of CUTLASS on SM8x;
+"dense" is the masked matrix as it is, which a library packs."""
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+Form = Literal["linear", "grad_weight", "grad_weight_t", "input", "input_grad_weight", "grad_input"]
 FORMS: tuple[Form, ...] = get_args(Form)
 _Size = TypeVar("_Size")
 
@@ -45,8 +50,8 @@ _Size = TypeVar("_Size")
 class Product:
     """Where the operands of `D = A B` come from and where D goes. A is structured: [N, K], packed. All are row-major.
 
-    M is a multiple of 8; N and K are multiples of 16 (of 64 in the SM90 layout). The letters are those of the product,
-    and each form stands for a GEMM of a linear, whose letters are others.
+    M is a multiple of 8, of 16 in 8 bits; N and K are multiples of 16 (of 64 in the SM90 layout). The letters are those
+    of the product, and each form stands for a GEMM of a linear, whose letters are others.
     """
 
     op: str
@@ -59,10 +64,9 @@ class Product:
     rows: Literal["m", "n", "k"]
     """The letter that counts the rows of X, and is padded."""
 
-    @property
-    def multiple(self) -> int:
+    def multiple(self, dtype: torch.dtype) -> int:
         """What rows are padded to: packed ones, and those that are contracted over, to whole tiles."""
-        return ROW_MULTIPLE if self.rows == "m" else KERNEL_TILE
+        return row_multiple(dtype) if self.rows == "m" else KERNEL_TILE
 
     def operands(self, first: Any, second: Any, *rest: Any) -> tuple[Any, Any, Any, Any]:
         """B, A packed, N and the bias or None, from the arguments of the operator."""
@@ -83,6 +87,7 @@ class Product:
 #   form                 A                    B                 D
 #   "linear"             S(W)    [N, K]       X   [M, K]        [M, N]   output, and grad_input with S(W)^T
 #   "grad_weight"        MVUE(dY)^T [N, K]    X   [K, M]        [N, M]   grad_weight; K of it is padded rows
+#   "grad_weight_t"      the same           X^T [M, K]        [N, M]   the same, from the input's transpose
 #   "input"              S(X)    [N, K]       W   [M, K]        [N, M]   output; N of it is padded rows
 #   "input_grad_weight"  S(X)^T  [N, K]       dY  [K, M]        [M, N]   grad_weight; K of it is padded rows
 #   "grad_input"         MVUE(dY) [N, K]      W   [K, M]        [N, M]   grad_input; N of it is padded rows
@@ -90,6 +95,9 @@ PRODUCTS: dict[Form, Product] = {
     "linear": Product(op="linear", structured="weight", b_transposed=True, d_transposed=True, rows="m"),
     "grad_weight": Product(
         op="grad_weight", structured="grad_output", b_transposed=False, d_transposed=False, rows="k"
+    ),
+    "grad_weight_t": Product(
+        op="grad_weight_t", structured="grad_output", b_transposed=True, d_transposed=False, rows="k"
     ),
     "input": Product(op="input_linear", structured="input", b_transposed=True, d_transposed=False, rows="n"),
     "input_grad_weight": Product(
@@ -102,6 +110,16 @@ PRODUCTS: dict[Form, Product] = {
 def padded(rows: int, multiple: int = KERNEL_TILE) -> int:
     """Rows rounded up, to whole tiles by default."""
     return (rows + multiple - 1) // multiple * multiple
+
+
+def row_multiple(dtype: torch.dtype) -> int:
+    """cuSPARSELt takes the M of a product, see `Product`, in multiples of 16 bytes."""
+    return 16 // dtype.itemsize
+
+
+def output_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a product of operands of a dtype."""
+    return FLOAT8_OUTPUT if dtype == FLOAT8 else dtype
 
 
 def packed_numel(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:

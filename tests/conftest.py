@@ -68,15 +68,16 @@ def library(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
     """A cuSPARSELt on the CPU. Nothing that it builds may outlive the test."""
     from fake_cusparselt import FakeCusparselt, install
 
-    from sparse_pass.kernels import cusparselt, cusparselt_library
+    from sparse_pass.kernels import compressor, cusparselt, cusparselt_library
 
     fake = FakeCusparselt()
     install(monkeypatch, fake)
     yield fake
     # Log records hold errors, and those what was called.
     caplog.get_records("call").clear()
-    for plans in (cusparselt._PLANS, getattr(sys.modules.get("sparse_pass.kernels.tuner"), "_CHOSEN", {})):
-        plans.clear()
+    chosen = getattr(sys.modules.get("sparse_pass.kernels.tuner"), "_CHOSEN", {})
+    for built in (cusparselt._PLANS, compressor._COMPRESSORS, chosen):
+        built.clear()
     if fake.alive:
         gc.collect()  # a traceback may hold one; this takes as long as most tests
     assert fake.alive == {}

@@ -8,6 +8,7 @@ from torch.fx import Graph
 
 from ..plan.values import Plan
 from .editor import Editor
+from .float8 import RoundedOperands
 from .gradients import estimate_gradients
 from .inputs import Inputs
 from .weights import Weights
@@ -23,7 +24,8 @@ def apply_plan(graph: Graph, plan: Plan, mode: FakeTensorMode) -> None:
 
 
 def _apply(edit: Editor, plan: Plan) -> None:
-    inputs, weights = Inputs(edit), Weights(edit)
+    rounded = RoundedOperands(edit, plan)
+    inputs, weights = Inputs(edit), Weights(edit, rounded)
     for linear in plan.linears:
         inputs.mask_gradients(linear.input)
     for linear in plan.linears:
@@ -31,7 +33,7 @@ def _apply(edit: Editor, plan: Plan) -> None:
     for linear in plan.linears:
         weights.apply(linear.named.linear, linear.weight)
     for linear in plan.linears:
-        estimate_gradients(edit, linear.grad_output)
+        estimate_gradients(edit, linear.grad_output, rounded)
     for linear in plan.linears:
         inputs.multiply(linear.input, linear.named.linear)
     edit.clean()

@@ -16,6 +16,9 @@ from ..ops import definitions as _ops  # noqa: F401  (registers torch.ops.sparse
 
 sparse_ops = torch.ops.sparse_pass
 
+_SEEDS = 2**62
+"""How many seeds there are: what torch.randint and Inductor's own random numbers can draw from."""
+
 # Values of one node, not of what replaces it; all other metadata (module stack, seq_nr, partitioner and
 # recompute tags) must come along, or the partitioner and checkpointing misplace the new node.
 _OWN_META = frozenset({"val", "tensor_meta", "eager_input_vals", "desc"})
@@ -102,6 +105,16 @@ class Editor:
             "pin_memory": False,
         }
         return self.call_before(before, aten.full.default, ([], 0), kwargs, like=like)
+
+    def seed(self, before: Node) -> Node:
+        """A seed of torch's generator of the device: int64 [1]."""
+        kwargs = {
+            "dtype": torch.int64,
+            "layout": torch.strided,
+            "device": before.meta["val"].device,
+            "pin_memory": False,
+        }
+        return self.call_before(before, aten.randint.low, (0, _SEEDS, [1]), kwargs)
 
     def flipped(self, matrix: Node, before: Node) -> Node:
         """The transpose of a matrix; of one that is a transpose itself, what it was made from."""

@@ -16,6 +16,11 @@ and as masked_dense::
     kept = sparse_pass.mvue24(dy, seed)                   kept_1 = sparse_pass.mvue24(permute(dy), seed_1)
     dw   = mm(permute(kept), x)                           dx     = mm(permute(kept_1), w)
 
+In float8 (`float8`; q is what output multiplies, of which this reads the transpose)::
+
+    packed, qdy = sparse_pass.sparsify_mvue_float8(dy, seed, s)                 qdy: what grad_input multiplies
+    dw = cast(cast(sparse_pass.grad_weight_t(packed, clone(permute(q)), N), float32) * float8_inverse(s / 2, sx))
+
 Each GEMM has a seed of its own, of torch's generator of the device.
 """
 
@@ -32,22 +37,27 @@ from ..graph.gemms import aten, operand_of
 from ..plan.table import ESTIMATORS
 from ..plan.values import Part
 from .editor import Editor, sparse_ops
+from .float8 import RoundedOperands
 
 _PRODUCTS = {"grad_weight": sparse_ops.grad_weight.default, "grad_input": sparse_ops.grad_input.default}
-_SEEDS = 2**62
-"""How many seeds there are: what torch.randint and Inductor's own random numbers can draw from."""
 
 
-def estimate_gradients(edit: Editor, part: Part) -> None:
+def estimate_gradients(edit: Editor, part: Part, rounded: RoundedOperands) -> None:
     """Give gradients of one call a 2:4 grad_output, by the sparse kernel or by a dense matmul of the same numbers."""
     for plan in part.gemms:
         gemm, place = plan.gemm.node, plan.gemm.places["grad_output"]
         estimator = ESTIMATORS[plan.prepared.structure]
         # The dim that the GEMM contracts over comes first: M for grad_weight, N for grad_input.
         grad_output = edit.contracted_first(gemm, place)
-        arguments = [grad_output, _seed(edit, gemm)] if estimator.random else [grad_output]
+        if plan.estimated is not None and plan.packed is not None:
+            edit.finish_gradient(gemm, rounded.multiply_estimate(plan), turned=place == 1)
+            continue
+        arguments = [grad_output, edit.seed(gemm)] if estimator.random else [grad_output]
         if plan.packed is None:
             kept = edit.call_before(gemm, _operator(estimator.dense), tuple(arguments))
+            if plan.estimated is not None:
+                kept = rounded.round_estimate(plan, kept)
+                rounded.feed(plan)
             edit.feed_at(gemm, place, edit.flipped(kept, gemm) if place == 0 else kept)
             continue
         sums = plan.prepared.sums
@@ -65,16 +75,6 @@ def estimate_gradients(edit: Editor, part: Part) -> None:
         product, tuned = _PRODUCTS[plan.gemm.name], {"tuned": True} if plan.tuned else {}
         result = edit.call_before(gemm, product, (packed, other, rows), tuned)
         edit.finish_gradient(gemm, result, turned=place == 1)
-
-
-def _seed(edit: Editor, gemm: Node) -> Node:
-    kwargs = {
-        "dtype": torch.int64,
-        "layout": torch.strided,
-        "device": gemm.meta["val"].device,
-        "pin_memory": False,
-    }
-    return edit.call_before(gemm, aten.randint.low, (0, _SEEDS, [1]), kwargs)
 
 
 def _replace_sums(edit: Editor, sums: Sequence[Node], both: Node) -> None:

@@ -35,15 +35,15 @@ from .float8 import RoundedOperands
 
 _CASTS = frozenset({aten._to_copy.default, aten.to.dtype, torch.ops.prims.convert_element_type.default})
 
-_Made: TypeAlias = Mapping[Literal["mask", "dense"] | Packed, Node]
+_Made: TypeAlias = Mapping[Literal["mask", "dense", "dense_float8"] | Packed, Node]
 
 
 class Weights:
     """The weights of one graph; what several calls share is made once."""
 
-    def __init__(self, edit: Editor) -> None:
+    def __init__(self, edit: Editor, rounded: RoundedOperands) -> None:
         self._edit = edit
-        self._rounded = RoundedOperands(edit)
+        self._rounded = rounded
         self._made: dict[Prepared, _Made] = {}
         self._moved: dict[tuple[Node, Node], Node] = {}
 
@@ -58,6 +58,8 @@ class Weights:
                 self._rounded.multiply(plan, made[plan.packed])
             elif plan.packed is not None:
                 self._multiply(plan, made[plan.packed])
+            elif plan.scaled_mm:
+                self._rounded.multiply_dense(plan, made["dense_float8"])
             else:
                 if use is not None:
                     self._edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
@@ -71,17 +73,21 @@ class Weights:
         if prepared in self._made:
             return self._made[prepared]
         edit, weight, before = self._edit, prepared.source, prepared.before
-        made: dict[Literal["mask", "dense"] | Packed, Node] = {}
+        made: dict[Literal["mask", "dense", "dense_float8"] | Packed, Node] = {}
         if prepared.mask:
             made["mask"] = edit.call_before(before, sparse_ops.mask24.default, (weight, prepared.structure))
-        if prepared.dense:
+        if prepared.dense or prepared.dense_float8:
             zero = edit.zero(weight, before, like=before)
             laid_out = edit.laid_out(made["mask"], weight, before, like=before)
-            made["dense"] = edit.call_before(before, aten.where.self, (laid_out, weight, zero))
+            dense = edit.call_before(before, aten.where.self, (laid_out, weight, zero))
             if prepared.scale != 1:
-                made["dense"] = edit.call_before(before, aten.mul.Tensor, (made["dense"], prepared.scale))
-            if prepared.precision == "float8":
-                made["dense"] = self._rounded.round_weight(prepared, made["dense"])
+                dense = edit.call_before(before, aten.mul.Tensor, (dense, prepared.scale))
+            if prepared.dense_float8:
+                made["dense_float8"] = self._rounded.weight(prepared, dense, sparse_ops.quantize_float8.default)
+            if prepared.dense and prepared.precision == "float8":
+                made["dense"] = self._rounded.weight(prepared, dense, sparse_ops.round_float8.default)
+            elif prepared.dense:
+                made["dense"] = dense
         for use in prepared.readers:
             edit.feed(use.gemm, use.operand, self._replay(use.chain, weight, made["dense"]))
         both: dict[torch.dtype, Node] = {}

@@ -27,6 +27,7 @@ from .gemms import (
 
 _PARTS = frozenset(["slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind"])
 _CASTS = frozenset(["convert_element_type", "_to_copy", "to", "lift_fresh_copy"])
+_COPIES = frozenset(["clone", "contiguous"])
 _WHOLE = MOVES - _PARTS - _CASTS
 """Moves after which all values are there, and no others."""
 
@@ -112,13 +113,18 @@ def dense_read(use: Use) -> tuple[Node, OperandRead] | None:
     if not places or gemm.target in (aten._scaled_mm.default, aten._int_mm.default):
         return None
     place = other_place(gemm, places[0])
-    operand = gemm.args[place]
-    if not isinstance(operand, Node):
-        return None
-    root, chain = strip_moves(operand)
+    return operand_read(gemm, place) if isinstance(gemm.args[place], Node) else None
+
+
+def operand_read(gemm: Node, place: int) -> tuple[Node, OperandRead]:
+    """The tensor that is operand ``place`` of a GEMM, before views of all of it, and where it is read.
+
+    A copy is a tensor of its own: what is read in another order than it lies in memory is copied for the GEMM.
+    """
+    root, chain = strip_moves(operand_of(gemm, place))
     views = 0
     for node in reversed(chain):
-        if packet_name(node) not in _WHOLE:
+        if packet_name(node) not in _WHOLE - _COPIES:
             break
         views += 1
     return (root, *chain)[len(chain) - views], OperandRead(gemm, place, views)

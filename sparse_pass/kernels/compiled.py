@@ -9,17 +9,22 @@ from torch import Tensor
 from ..vocabulary import FORMS, PRODUCTS, Form
 from . import cusparselt, tuner
 from .mvue import sparsify_mvue, sparsify_mvue_sum
+from .mvue_float8 import sparsify_mvue_float8
 from .sparsify import sparsify, sparsify_input, sparsify_one
+from .sparsify_float8 import sparsify_float8
 
 __all__ = [
     "grad_input_into",
     "grad_weight_into",
+    "grad_weight_t_into",
     "input_grad_weight_into",
     "input_linear_into",
     "linear_into",
     "sparsify",
+    "sparsify_float8",
     "sparsify_input",
     "sparsify_mvue",
+    "sparsify_mvue_float8",
     "sparsify_mvue_sum",
     "sparsify_one",
 ]
@@ -36,4 +41,11 @@ def _into(form: Form) -> Callable[..., None]:
     return multiply
 
 
-linear_into, grad_weight_into, input_linear_into, input_grad_weight_into, grad_input_into = map(_into, FORMS)
+(
+    linear_into,
+    grad_weight_into,
+    grad_weight_t_into,
+    input_linear_into,
+    input_grad_weight_into,
+    grad_input_into,
+) = map(_into, FORMS)

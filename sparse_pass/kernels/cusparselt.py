@@ -35,7 +35,7 @@ _SPARSITY_50_PERCENT = 0
 _BIAS_POINTER = 8
 _ALG_DEFAULT = 0
 _CONFIG_ID, _CONFIG_MAX_ID = 0, 1
-_CUDA_TYPE = {torch.float16: 2, torch.bfloat16: 14}
+_CUDA_TYPE = {torch.float16: 2, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
 
 _ONE, _ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)
 _ALPHA, _BETA = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
@@ -59,7 +59,7 @@ class Plan:
         bias: any tensor that could be the bias, or None; each call brings its own.
         """
         self.problem = problem
-        self.output_shape = problem.output_shape
+        self.output_shape, self.output_dtype = problem.output_shape, problem.output_dtype
         self.algorithm = algorithm
         self._reads_past_end = reads_past_end(problem.k)
         self._lock = threading.Lock()
@@ -82,7 +82,7 @@ class Plan:
     def _build(self, structs: tuple[int, ...], to_destroy: list[tuple[str, int]]) -> None:
         _, dtype, m, n, k, bias, form = self.problem
         a, b, d, descriptor, selection, plan = structs
-        handle, cuda_type = self._handle, _CUDA_TYPE[dtype]
+        handle, cuda_type, output_type = self._handle, _CUDA_TYPE[dtype], _CUDA_TYPE[self.output_dtype]
         about = str(self)
 
         row_major = (ALIGNMENT, cuda_type, _ORDER_ROW)
@@ -92,7 +92,7 @@ class Plan:
         call("DenseDescriptorInit", about, handle, b, rows, cols, cols, *row_major)
         to_destroy.append(("MatDescriptorDestroy", b))
         order = _ORDER_COL if PRODUCTS[form].d_transposed else _ORDER_ROW
-        call("DenseDescriptorInit", about, handle, d, n, m, self.output_shape[1], ALIGNMENT, cuda_type, order)
+        call("DenseDescriptorInit", about, handle, d, n, m, self.output_shape[1], ALIGNMENT, output_type, order)
         to_destroy.append(("MatDescriptorDestroy", d))
         operations = (_OP_NON_TRANSPOSE, _OP_TRANSPOSE if PRODUCTS[form].b_transposed else _OP_NON_TRANSPOSE)
         call("MatmulDescriptorInit", about, handle, descriptor, *operations, a, b, d, d, _COMPUTE_32F)
@@ -118,7 +118,7 @@ class Plan:
         if self._reads_past_end:
             packed = with_room(packed)
         if output is None:
-            output = _empty_strided_cuda(self.output_shape, (self.output_shape[1], 1), problem.dtype)
+            output = _empty_strided_cuda(self.output_shape, (self.output_shape[1], 1), self.output_dtype)
         dense_address, packed_address, output_address = dense.data_ptr(), packed.data_ptr(), output.data_ptr()
         bias_address = None if bias is None else bias.data_ptr()
         if (dense_address | packed_address | output_address | (bias_address or 0)) % ALIGNMENT:
@@ -182,7 +182,7 @@ def _new_plan(problem: Problem, algorithm: int | None, bias: Tensor | None) -> P
     if algorithm is not None:
         return Plan(problem, algorithm, bias)
     try:
-        return Plan(problem, algorithms(version(), problem.dtype, problem.form)[0], bias)
+        return Plan(problem, algorithms(version(), problem.dtype, problem.form, problem.capability)[0], bias)
     except RuntimeError:
         return Plan(problem, 0, bias)  # ids are not promised for every shape; this one is
 
@@ -192,7 +192,8 @@ def product(
 ) -> Tensor:
     """Multiply as the form says: packed A [N, K] as `ops.reference.weights.pack`, B, a bias [N] or None -> D.
 
-    All of one dtype, float16 or bfloat16, on the current device, contiguous; M a positive multiple of 8. Runs on the
+    All of one dtype, float16 or bfloat16, on the current device, contiguous; M a positive multiple of 8. Of float8 D is
+    bfloat16, there is no bias, B and D are transposed, and M is a multiple of 16. Runs on the
     current stream, by the library version's default algorithm. RuntimeError if the library refuses.
     """
     return plan_for(problem_of(form, dense, n, bias), None, bias)(dense, packed, bias, output)

@@ -31,6 +31,8 @@ _PROTOTYPES = {
     "StructuredDescriptorInit": "ppllluiii",
     "DenseDescriptorInit": "ppllluii",
     "MatDescriptorDestroy": "p",
+    "SpMMACompressedSize2": "pppp",
+    "SpMMACompress2": "ppiipppp",
     "MatmulDescriptorInit": "ppiippppi",
     "MatmulDescSetAttribute": "ppipz",
     "MatmulAlgSelectionInit": "pppi",

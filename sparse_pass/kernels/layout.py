@@ -1,7 +1,7 @@
-"""Pack tiles into the SM90 layout of cuSPARSELt (Triton device functions).
+"""Pack tiles: what all layouts share, and the metadata of cuSPARSELt's on SM90 (Triton device functions).
 
-The layout, byte for byte, is that of `ops.reference.weights.pack`. Tensors and tile masks are those of `masks`; here
-they are [16, 16] for a 64x64 block, R the tile's row in it and C its column.
+The layout, byte for byte, is "sm90" of `ops.reference.weights.pack`; `layouts` has the others. Tensors and tile masks
+are those of `masks`; here they are [16, 16] for a 64x64 block, R the tile's row in it and C its column.
 """
 
 # Triton reads the device functions, which mypy does not; it has no unpacking in tuples.
@@ -83,10 +83,10 @@ def round_pair(a, b, DTYPE: tl.constexpr):
 @triton.jit
 def larger_halves(a, b):
     """Of both halves of two words the larger one, as integers that are not negative."""
-    if _INTERPRETED:
-        return tl.maximum(a & 0xFFFF, b & 0xFFFF) | tl.maximum(a & 0x7FFF0000, b & 0x7FFF0000)
-    else:
+    if tl.target_info.cuda_capability_geq(9, 0) and not _INTERPRETED:  # older ones have no such instruction
         return tl.inline_asm_elementwise("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+    else:
+        return tl.maximum(a & 0xFFFF, b & 0xFFFF) | tl.maximum(a & 0x7FFF0000, b & 0x7FFF0000)
 
 
 @triton.jit

@@ -15,13 +15,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import timings
+from ..vocabulary import FLOAT8
+from . import progress, timings
 from .cusparselt import Plan
 from .cusparselt_library import version
 from .problem import Problem, algorithms
@@ -48,7 +49,7 @@ def timing_of(problem: Problem, *, measure: bool) -> Timing | None:
     file = timings.path(problem.device)
     name = timings.key(problem)
     found = timings.known(file).get(name)
-    candidates = algorithms(version(), problem.dtype, problem.form)
+    candidates = algorithms(version(), problem.dtype, problem.form, problem.capability)
     if found is not None and found.algorithm not in candidates:
         found = None  # of an older version of this file, or edited: an id that is not tried here may do anything
     if found is not None or not measure:
@@ -59,38 +60,84 @@ def timing_of(problem: Problem, *, measure: bool) -> Timing | None:
 Operand = Literal["S(W)", "MVUE(dY)", "MVUE(dY^T)", "S(X)"]
 
 
+class Packers(NamedTuple):
+    """How the device packs, see `backends.Backend`."""
+
+    layout: str
+    of: Callable[[str, torch.dtype], Callable[..., Any] | None]
+
+
 def preparation_of(
-    operand: Operand, device: int, shape: tuple[int, int], stored: torch.dtype, dtype: torch.dtype, mask: str = ""
+    packers: Packers,
+    operand: Operand,
+    device: int,
+    shape: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    mask: str = "",
 ) -> Timing:
     """What a structured operand costs, packed and as a dense one with zeros; measured now if it is not known.
 
-    shape: of what it is made from, W [N, K], dY [M, N] or X [M, K]; of dY^T it is that of dY. stored: its dtype. dtype:
-    of the GEMMs.
+    shape: of what it is made from, W [N, K], dY [M, N] or X [M, K]; of dY^T it is that of dY. dtypes: its own, and that
+    of the GEMMs. RuntimeError if the device has no such packer.
     """
     file = timings.path(device)
-    mask_and = f"{mask} " if mask else ""
-    name = f"{operand} {mask_and}{timings.name(stored)} to {timings.name(dtype)} {shape[0]}x{shape[1]}"
+    stored, dtype = dtypes
+    about = f"{timings.name(stored)} to {timings.name(dtype)} {shape[0]}x{shape[1]}"
+    name = " ".join(part for part in (operand, packers.layout, mask, about) if part)
     found = timings.known(file).get(name)
     if found is not None:
+        return found
+
+    def packer(op: str) -> Callable[..., Any]:
+        if (found := packers.of(op, stored)) is None:
+            raise RuntimeError(f"the layout {packers.layout!r} has no packer {op} of {stored}")
         return found
 
     def race() -> Timing:
         from . import mvue, sparsify
 
+        if dtype == FLOAT8:
+            return _float8_preparation(operand, shape, stored, mask)
         random = torch.Generator("cuda").manual_seed(0)
         dense = torch.randn(*shape, device="cuda", dtype=stored, generator=random)
         zero, seed = dense.new_zeros(()), torch.zeros(1, device="cuda", dtype=torch.int64)
         if operand in ("MVUE(dY)", "MVUE(dY^T)"):
             read = dense if operand == "MVUE(dY)" else dense.T
-            return Timing(0, _time(lambda: mvue.sparsify_mvue(read, seed)), _time(lambda: mvue.mvue24(read, seed)))
+            pack = packer("sparsify_mvue")
+            return Timing(0, _time(lambda: pack(read, seed)), _time(lambda: mvue.mvue24(read, seed)))
         if operand == "S(X)":
-            packed_us = _time(lambda: sparsify.sparsify_input(dense, None, mask, "none"))
+            pack = packer("sparsify_input")
+            packed_us = _time(lambda: pack(dense, None, mask, "none"))
         else:
-            packed_us = _time(lambda: sparsify.sparsify(dense, mask, dtype))
+            pack = packer("sparsify")
+            packed_us = _time(lambda: pack(dense, mask, dtype))
         tiles = dense[: shape[0] // 4 * 4]  # all of W
         return Timing(0, packed_us, _time(lambda: torch.where(sparsify.mask24(tiles, mask), tiles, zero).to(dtype)))
 
     return _measured(file, name, device, f"{operand} of {list(shape)}", race, (0,))
+
+
+def _float8_preparation(operand: Operand, shape: tuple[int, int], stored: torch.dtype, mask: str) -> Timing:
+    """The scale is left out: both ways read it."""
+    from . import mvue, mvue_float8, sparsify, sparsify_float8
+
+    random = torch.Generator("cuda").manual_seed(0)
+    dense = torch.randn(*shape, device="cuda", dtype=stored, generator=random)
+    zero, seed = dense.new_zeros(()), torch.zeros(1, device="cuda", dtype=torch.int64)
+    one = torch.ones((), device="cuda")
+    if operand == "S(W)":
+        packed_us = _time(lambda: sparsify_float8.sparsify_float8(dense, one, mask))
+
+        def kept() -> tuple[Tensor, Tensor]:
+            values = torch.where(sparsify.mask24(dense, mask), dense, zero).to(FLOAT8)
+            return values, values.T.contiguous()
+
+        return Timing(0, packed_us, _time(kept))
+    return Timing(
+        0,
+        _time(lambda: mvue_float8.sparsify_mvue_float8(dense, seed, one)),
+        _time(lambda: mvue.mvue24(dense, seed).to(FLOAT8)),
+    )
 
 
 def _measured(
@@ -105,10 +152,9 @@ def _measured(
     with _MEASURING, timings.one_process_at_a_time(file):
         found = timings.known(file).get(name)
         if found is None or found.algorithm not in candidates:
-            # A warning, as it takes a moment that the user did not ask for; once per GPU, library version and shape.
-            log.warning("sparse_pass measures the 2:4 kernels for %s (tune='off' does not)", about)
             # Perhaps while a graph is compiled, under fake tensors and autocast: it must leave no trace there.
             with (
+                progress.shown(about, str(file.parent)),
                 _disable_current_modes(),
                 torch.no_grad(),
                 torch.autocast("cuda", enabled=False),
@@ -122,12 +168,20 @@ def _measured(
 
 def dense_matmul(problem: Problem, kept: Tensor, dense: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
     """What a dense layer calls for the same GEMM. kept: A with its zeros."""
+    if problem.dtype == FLOAT8:
+        one = torch.ones((), device="cuda")
+        first, second = (dense, kept) if problem.form == "linear" else (kept, dense)
+        return lambda: torch._scaled_mm(
+            first, second.T, one, one, out_dtype=problem.output_dtype, use_fast_accum=problem.form == "linear"
+        )
     if problem.form == "linear":
         return lambda: torch.nn.functional.linear(dense, kept, bias)
     if problem.form == "input":
         return lambda: torch.nn.functional.linear(kept, dense)
     if problem.form == "grad_input":
         return lambda: kept @ dense
+    if problem.form == "grad_weight_t":
+        return lambda: kept @ dense.T
     turned = kept.T.contiguous()  # dY or S(X) as a dense layer has it
     if problem.form == "grad_weight":
         return lambda: turned.T @ dense
@@ -141,12 +195,13 @@ def _race(problem: Problem, candidates: tuple[int, ...]) -> Timing:
     random = torch.Generator("cuda").manual_seed(0)  # the user's random state stays as it is
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=dtype, generator=random)
+        made = torch.randn(*shape, device="cuda", dtype=problem.output_dtype, generator=random)
+        return made.to(dtype)
 
-    kept, dense = normal(problem.n, problem.k), normal(*problem.dense_shape)
+    kept, dense = normal(problem.n, problem.k).to(problem.output_dtype), normal(*problem.dense_shape)
     bias = normal(problem.n) if problem.bias else None
-    packed = sparsify.sparsify(kept, "optimal", dtype)[0]
-    kept.masked_fill_(~sparsify.mask24(kept, "optimal"), 0)
+    packed = _packed(kept, dtype)
+    kept = kept.masked_fill_(~sparsify.mask24(kept, "optimal"), 0).to(dtype)
     dense_us = _time(dense_matmul(problem, kept, dense, bias))
     del kept
 
@@ -176,6 +231,15 @@ def _race(problem: Problem, candidates: tuple[int, ...]) -> Timing:
             return Timing(algorithm, times[algorithm], dense_us)
         log.warning("%s disagrees with algorithm 0 or with itself: not used", plan)
     return Timing(0, times[0], dense_us)
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the layout of SM90. In another one these bytes are another 2:4 matrix, and its product takes as long."""
+    from . import sparsify, sparsify_float8
+
+    if dtype == FLOAT8:
+        return sparsify_float8.sparsify_float8(weight, weight.new_ones((), dtype=torch.float32), "optimal")[0]
+    return sparsify.sparsify(weight, "optimal", dtype)[0]
 
 
 def _time(launch: Callable[[], object]) -> float:

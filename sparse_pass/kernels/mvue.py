@@ -1,4 +1,4 @@
-"""dY [M, N] -> MVUE(dY)^T, packed in the SM90 layout of cuSPARSELt, or MVUE(dY) as it is, in one read (Triton).
+"""dY [M, N] -> MVUE(dY)^T, packed in a layout of `vocabulary.LAYOUTS`, or MVUE(dY) as it is, in one read (Triton).
 
 Packed it is [Np, Mp], M and N rounded up to multiples of 64. The definition is `ops.reference.gradients`; the results
 are equal bit for bit, but for the payload of a NaN. Bytes moved for 16-bit dY: 2 read and 1.125 written an element (2
@@ -20,8 +20,8 @@ from torch import Tensor
 # As Inductor's code calls it: half the host time of torch.empty.
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
-from ..vocabulary import KERNEL_TILE, padded
-from . import layout, tiles
+from ..vocabulary import KERNEL_TILE, Layout, padded
+from . import layout, layouts, tiles
 from .launch import launch
 from .memory import empty_packed
 
@@ -29,7 +29,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _philox(seed, offset):
+def philox(seed, offset):
     """The four words of `ops.reference.gradients.philox`, for an offset below 2^32; `tl.randint4x` in half the time:
     one multiplication gives both halves of a product."""
     k0 = seed.to(tl.uint64, bitcast=True).to(tl.uint32)
@@ -84,7 +84,7 @@ def _reached(t, end):
 
 
 @triton.jit
-def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
+def choose(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
     """The group x[FIRST], x[FIRST + 4], ... and a random word -> its two kept values as a word, which they are (their
     elements in the low two bytes, above them anything), and its sum. Names as in `ops.reference.gradients.choose`."""
     low = layout.pair_up(x[FIRST], x[FIRST + 4], DTYPE)
@@ -114,7 +114,7 @@ def _group(x, FIRST: tl.constexpr, word, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _nibbles(low, high):
+def nibbles(low, high):
     """The metadata nibbles of two groups, in bytes 0 and 2, from their chosen elements."""
     both = layout.shuffled(low, high, 0x5410)
     return ((both >> 5) & 0x00030003) | ((both >> 11) & 0x000C000C)
@@ -140,11 +140,11 @@ def _mvue_kernel(
     stride_gm,
     stride_gn,
     DTYPE: tl.constexpr,
-    PACKED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BOUNDED: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """out_ptr: if PACKED int32, two values a word, metadata after Np * Mp / 4 words; else [M, N] of DTYPE.
+    """out_ptr: if LAYOUT is "dense" [M, N] of DTYPE; else int32, two values a word, metadata after Np * Mp / 4 words.
     sums_ptr: if SUMS float32 [Mp / 64, N], where N is a multiple of 64."""
     m = tl.program_id(1) * 64
     n = tl.program_id(0) * 64
@@ -152,27 +152,28 @@ def _mvue_kernel(
     groups = tl.num_programs(1) * 16  # of a column, Mp / 4
     R = tl.arange(0, 16)[:, None]
     C = tl.arange(0, 16)[None, :]
-    words4 = _philox(tl.load(seed_ptr), ((n >> 2) + C + tiles.zero_beside(x[0])) * groups + ((m >> 2) + R))
-    group0 = _group(x, 0, words4[0], DTYPE)
-    group1 = _group(x, 1, words4[1], DTYPE)
-    group2 = _group(x, 2, words4[2], DTYPE)
-    group3 = _group(x, 3, words4[3], DTYPE)
+    words4 = philox(tl.load(seed_ptr), ((n >> 2) + C + tiles.zero_beside(x[0])) * groups + ((m >> 2) + R))
+    group0 = choose(x, 0, words4[0], DTYPE)
+    group1 = choose(x, 1, words4[1], DTYPE)
+    group2 = choose(x, 2, words4[2], DTYPE)
+    group3 = choose(x, 3, words4[3], DTYPE)
 
     if SUMS:
         even, odd = tl.join(group0[2], group2[2]), tl.join(group1[2], group3[2])
         sums = tl.sum(tl.reshape(tl.join(even, odd), [16, 64]), axis=0)
         tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * N + n + tl.arange(0, 64), sums)
 
-    if PACKED:
+    if LAYOUT != "dense":
         values = out_ptr + n.to(tl.int64) * groups + (m >> 2)
         # Neighbouring words belong to neighbouring R: transpose, all four at once, so that the stores coalesce.
         block = tl.join(tl.join(group0[0], group2[0]), tl.join(group1[0], group3[0]))  # R C j1 j0
         block = tl.reshape(tl.permute(block, (1, 2, 3, 0)), [64, 16])
         rows = tl.arange(0, 64)[:, None]
         tl.store(values + rows * groups + tl.arange(0, 16)[None, :], block)
-        codes = _nibbles(group0[1], group2[1]) | (_nibbles(group1[1], group3[1]) << 8)
+        codes = nibbles(group0[1], group2[1]) | (nibbles(group1[1], group3[1]) << 8)
         metadata = out_ptr + tl.num_programs(0).to(tl.int64) * 64 * groups
-        layout.store_metadata(metadata + ((n.to(tl.int64) * (groups * 4) + m * 64) >> 5), tl.trans(codes))
+        height = tl.num_programs(0) * 64  # Np
+        layouts.store_metadata(metadata, tl.trans(codes), n, m, height, groups * 4, LAYOUT)
     else:
         for i in tl.static_range(4):
             even = tl.join(_element(group0, _ELEMENT[i], DTYPE), _element(group2, _ELEMENT[i], DTYPE))
@@ -183,31 +184,37 @@ def _mvue_kernel(
             tl.store(out_ptr + at_row.to(tl.int64) * N + at_col, row, mask=(at_row < M) & (at_col < N))
 
 
-def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
+def sparsify_mvue(grad: Tensor, seed: Tensor, layout: Layout = "sm90") -> Tensor:
     """Pack MVUE(grad)^T; `ops.reference.gradients.sparsify_mvue` defines the result.
 
-    grad: [M, N] float16 or bfloat16, M and N > 0, any strides. seed: one int64. Both on the current device.
+    grad: [M, N] float16 or bfloat16, M and N > 0, any strides. seed: one int64. Both on the current device. layout: any
+    but "dense"; in "sm80" M and N, rounded up to 64, are multiples of 128.
     """
     packed = _empty(grad)
-    _launch(grad, seed, packed, None, packed=True)
+    _launch(grad, seed, packed, None, layout)
     return packed.view(grad.dtype)
 
 
-def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+def sparsify_mvue_sum(grad: Tensor, seed: Tensor, layout: Layout = "sm90") -> tuple[Tensor, Tensor]:
     """The same of N a multiple of 64, and the sums of grad over 64 rows each, float32 [Mp / 64, N]."""
-    rows, cols = grad.shape
-    packed = _empty(grad)
-    sums: Tensor = _empty_strided_cuda((triton.cdiv(rows, KERNEL_TILE), cols), (cols, 1), torch.float32)
-    _launch(grad, seed, packed, sums, packed=True)
+    packed, sums = _empty(grad), _empty_sums(grad)
+    _launch(grad, seed, packed, sums, layout)
     return packed.view(grad.dtype), sums
 
 
 def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
     """The dense estimate [M, N]; `ops.reference.gradients.mvue24` defines it. As above."""
-    rows, cols = grad.shape
-    estimate: Tensor = _empty_strided_cuda((rows, cols), (cols, 1), grad.dtype)
-    _launch(grad, seed, estimate, None, packed=False)
+    estimate: Tensor = _empty_strided_cuda(tuple(grad.shape), (grad.shape[1], 1), grad.dtype)
+    _launch(grad, seed, estimate, None, "dense")
     return estimate
+
+
+def mvue24_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """The dense estimate of N a multiple of 64, and the sums of grad over 64 rows each."""
+    estimate: Tensor = _empty_strided_cuda(tuple(grad.shape), (grad.shape[1], 1), grad.dtype)
+    sums = _empty_sums(grad)
+    _launch(grad, seed, estimate, sums, "dense")
+    return estimate, sums
 
 
 def _empty(grad: Tensor) -> Tensor:
@@ -215,7 +222,13 @@ def _empty(grad: Tensor) -> Tensor:
     return empty_packed(padded(cols), padded(rows))
 
 
-def _launch(grad: Tensor, seed: Tensor, out: Tensor, sums: Tensor | None, *, packed: bool) -> None:
+def _empty_sums(grad: Tensor) -> Tensor:
+    rows, cols = grad.shape
+    shape = triton.cdiv(rows, KERNEL_TILE), cols
+    return _empty_strided_cuda(shape, (cols, 1), torch.float32)  # type: ignore[no-any-return]
+
+
+def _launch(grad: Tensor, seed: Tensor, out: Tensor, sums: Tensor | None, layout: Layout) -> None:
     rows, cols = grad.shape
     bounded = rows % KERNEL_TILE != 0 or cols % KERNEL_TILE != 0
     launch(
@@ -223,7 +236,7 @@ def _launch(grad: Tensor, seed: Tensor, out: Tensor, sums: Tensor | None, *, pac
         (triton.cdiv(cols, KERNEL_TILE), triton.cdiv(rows, KERNEL_TILE)),
         (grad, seed, out, out if sums is None else sums),
         (*grad.shape, *grad.stride()),
-        (tiles.TRITON_DTYPE[grad.dtype], packed, bounded, sums is not None),
+        (tiles.TRITON_DTYPE[grad.dtype], layout, bounded, sums is not None),
         # Fewer warps exchange fewer partial sums, and what a thread computes once serves four tiles.
-        2 if packed else 4,
+        4 if layout == "dense" else 2,
     )

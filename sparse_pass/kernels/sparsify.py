@@ -1,10 +1,10 @@
-"""W [N, K] -> S(W) and S(W)^T, packed in the SM90 layout of cuSPARSELt, in one read of W (Triton).
+"""W [N, K] -> S(W) and S(W)^T, packed in one of the layouts of `vocabulary.LAYOUTS`, in one read of W (Triton).
 
 The same for inputs X [M, K], whose rows are padded, and which may be what an activation function makes of the tensor
 that is read. The definition is `ops.reference.weights` (mask24, pack); the results are equal bit for bit, but for the
 sign of a zero that a relu makes of -0.0. Bytes moved for 16-bit W: 2 read and 2 * 1.125 written an element. One program
-handles a 64x64 block of W, which is one 512-byte block of metadata of S(W) and one of S(W)^T; see `masks` and `layout`
-for the tensors in it.
+handles a 64x64 block of W, which is 512 bytes of metadata of S(W) and of S(W)^T; see `masks` and `layout` for the
+tensors in it.
 """
 
 # Triton reads the device functions, which mypy does not; it has no unpacking in tuples.
@@ -14,13 +14,18 @@ for the tensors in it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..vocabulary import KERNEL_TILE, padded
-from . import activations, layout, masks, tiles
+# As Inductor's code calls it: half the host time of torch.empty.
+from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
+
+from ..vocabulary import KERNEL_TILE, Layout, padded
+from . import activations, layout, layouts, masks, tiles
 from .launch import launch
 from .memory import empty_packed
 
@@ -89,6 +94,7 @@ def _sparsify_kernel(
     PACK: tl.constexpr,
     PACK_T: tl.constexpr,
     SCALE: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """packed_ptr, packed_t_ptr: int32, two values a word, metadata after Np * K / 4 words; Np is N padded to 64."""
     n = tl.program_id(1) * 64
@@ -100,8 +106,9 @@ def _sparsify_kernel(
     if BOUNDED:
         N = tl.num_programs(1) * 64
     mask = choose(x, GREEDY)
-    if GREEDY:
+    if GREEDY or LAYOUT == "dense":
         x = zero_unkept(x, mask)
+    if GREEDY:
         mask = masks.fill(mask)
     if SCALE != 1.0:
         x = scaled(x, SCALE)
@@ -109,14 +116,18 @@ def _sparsify_kernel(
     C = tl.arange(0, 16)[None, :]
     metadata = (N.to(tl.int64) * K) >> 2
 
-    if PACK:
+    if PACK and LAYOUT == "dense":
+        layouts.store_dense(packed_ptr, x, n, k, K, DTYPE)
+    elif PACK:
         words, codes = layout.compress(x, mask, 1, 4, DTYPE)
         values = packed_ptr + n.to(tl.int64) * (K >> 2) + (k >> 2)
         for i in tl.static_range(4):
             tl.store(values + (4 * R + i) * (K >> 2) + C, words[i])
-        layout.store_metadata(packed_ptr + metadata + ((n.to(tl.int64) * K + k * 64) >> 5), codes)
+        layouts.store_metadata(packed_ptr + metadata, codes, n, k, N, K, LAYOUT)
 
-    if PACK_T:
+    if PACK_T and LAYOUT == "dense":
+        layouts.store_dense_transposed(packed_t_ptr, x, n, k, N, DTYPE)
+    elif PACK_T:
         words, codes = layout.compress(x, mask >> 16, 4, 1, DTYPE)
         values = packed_t_ptr + k.to(tl.int64) * (N >> 2) + (n >> 2)
         # Neighbouring words belong to neighbouring R: transpose, all four at once, so that the stores coalesce.
@@ -124,7 +135,7 @@ def _sparsify_kernel(
         block = tl.reshape(tl.permute(block, (1, 2, 3, 0)), [64, 16])
         rows = tl.arange(0, 64)[:, None]
         tl.store(values + rows * (N >> 2) + tl.arange(0, 16)[None, :], block)
-        layout.store_metadata(packed_t_ptr + metadata + ((k.to(tl.int64) * N + n * 64) >> 5), tl.trans(codes))
+        layouts.store_metadata(packed_t_ptr + metadata, tl.trans(codes), k, n, K, N, LAYOUT)
 
 
 @triton.jit
@@ -144,49 +155,60 @@ def _mask24_kernel(w_ptr, out_ptr, N, K, stride_wn, stride_wk, GREEDY: tl.conste
         tl.store(out_ptr + (rows + i) * (K >> 2) + cols, flags, mask=inside)
 
 
-def sparsify(weight: Tensor, mask: str, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def sparsify(
+    weight: Tensor, mask: str, dtype: torch.dtype, scale: float = 1.0, layout: Layout = "sm90"
+) -> tuple[Tensor, Tensor]:
     """Pack scale * S(W) and its transpose; `ops.reference.weights.sparsify` defines the result.
 
-    weight: [N, K] float16, bfloat16 or float32, N and K multiples of 64, any strides, on the current device.
-    dtype: float16 or bfloat16, of the packed values; the mask is chosen on `weight` as stored.
+    weight: [N, K] float16, bfloat16 or float32, N and K multiples of 64 (of 128 in the layout "sm80"), any strides, on
+    the current device. dtype: float16 or bfloat16, of the packed values; the mask is chosen on `weight` as stored.
     """
     # Two allocations: a backward that keeps packed_t must not keep packed with it.
-    packed, packed_t = _empty(weight, False), _empty(weight, True)
-    _launch(weight, None, ("none", mask, dtype, scale), (packed, packed_t))
+    packed, packed_t = _empty(weight, False, layout), _empty(weight, True, layout)
+    _launch(weight, None, _How("none", mask, dtype, scale, layout), (packed, packed_t))
     return packed.view(dtype), packed_t.view(dtype)
 
 
-def sparsify_one(weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+def sparsify_one(
+    weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype, scale: float = 1.0, layout: Layout = "sm90"
+) -> Tensor:
     """Pack one of the two alone."""
-    packed = _empty(weight, transposed)
-    _launch(weight, None, ("none", mask, dtype, scale), (None, packed) if transposed else (packed, None))
+    packed = _empty(weight, transposed, layout)
+    how = _How("none", mask, dtype, scale, layout)
+    _launch(weight, None, how, (None, packed) if transposed else (packed, None))
     return packed.view(dtype)
 
 
-def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
+def sparsify_input(
+    input: Tensor, gate: Tensor | None, mask: str, activation: str, layout: Layout = "sm90"
+) -> tuple[Tensor, Tensor]:
     """Pack S(x) and S(x)^T; `ops.reference.inputs.sparsify_input` defines the result.
 
     input: [M, K] float16 or bfloat16, M > 0, K a multiple of 64, any strides, on the current device. gate: the same, or
-    None if the activation has none.
+    None if the activation has none. In the layout "sm80" K, and M rounded up to 64, are multiples of 128.
     """
-    packed, packed_t = _empty(input, False), _empty(input, True)
-    _launch(input, gate, (activation, mask, input.dtype, 1.0), (packed, packed_t))
+    packed, packed_t = _empty(input, False, layout), _empty(input, True, layout)
+    _launch(input, gate, _How(activation, mask, input.dtype, 1.0, layout), (packed, packed_t))
     return packed.view(input.dtype), packed_t.view(input.dtype)
 
 
-def _empty(source: Tensor, transposed: bool) -> Tensor:
+def _empty(source: Tensor, transposed: bool, layout: Layout) -> Tensor:
     rows, cols = padded(source.shape[0]), source.shape[1]
+    if layout == "dense":
+        return _empty_strided_cuda((rows * cols // 2,), (1,), torch.int32)  # type: ignore[no-any-return]
     return empty_packed(cols, rows) if transposed else empty_packed(rows, cols)
 
 
-def _launch(
-    source: Tensor,
-    gate: Tensor | None,
-    how: tuple[str, str, torch.dtype, float],
-    results: tuple[Tensor | None, Tensor | None],
-) -> None:
-    """how: activation, mask, dtype and scale. results: of S and of its transpose; either may be None."""
-    activation, mask, dtype, scale = how
+class _How(NamedTuple):
+    activation: str
+    mask: str
+    dtype: torch.dtype
+    scale: float
+    layout: Layout
+
+
+def _launch(source: Tensor, gate: Tensor | None, how: _How, results: tuple[Tensor | None, Tensor | None]) -> None:
+    """results: of S and of its transpose; either may be None."""
     rows, cols = source.shape
     packed, packed_t = results
     gate = source if gate is None else gate
@@ -198,13 +220,14 @@ def _launch(
         (source, target, target if packed_t is None else packed_t, gate),
         (rows, cols, *source.stride(), *gate.stride()),
         (
-            tiles.TRITON_DTYPE[dtype],
-            mask == "greedy",
-            activation,
+            tiles.TRITON_DTYPE[how.dtype],
+            how.mask == "greedy",
+            how.activation,
             rows % KERNEL_TILE != 0,
             packed is not None,
             packed_t is not None,
-            scale,
+            how.scale,
+            how.layout,
         ),
         _WARPS,
     )

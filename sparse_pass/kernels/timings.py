@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 
 from .cusparselt_library import version
 from .problem import Problem
@@ -98,18 +99,18 @@ def forget() -> int:
 @contextlib.contextmanager
 def one_process_at_a_time(file: Path) -> Iterator[None]:
     """Held while measuring, so that the ranks of a job on one machine wait for the first and then read its file."""
+    lock = FileLock(file.with_suffix(".lock"))
     try:
-        import fcntl
-
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = open(file.with_suffix(".lock"), "w")  # noqa: SIM115  (closed below, which releases the lock)
-    except (ImportError, OSError):
+        lock.acquire()
+    except (OSError, NotImplementedError):  # a folder that cannot be written, or a file system without locks
         yield  # nobody to share with; measuring twice is all that can happen
         return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
         _KNOWN.pop(file, None)
         yield
+    finally:
+        lock.release()
 
 
 def _read(file: Path) -> dict[str, Timing]:

@@ -38,6 +38,12 @@ def float8_scale(tensor: Tensor, factor: float = 1.0) -> None:
         raise ValueError(f"an empty tensor {list(tensor.shape)} has no largest magnitude; leave it as it is")
 
 
+def float8_inverse(scale: Tensor, other: Tensor) -> None:
+    for one in (scale, other):
+        if one.dtype != torch.float32 or one.dim() != 0 or one.device != scale.device:
+            raise ValueError(f"a scale is one float32 without dims, not {one.dtype} {list(one.shape)} on {one.device}")
+
+
 def round_float8(tensor: Tensor, scale: Tensor) -> None:
     if not _is_compared(tensor):
         raise ValueError(f"float16, bfloat16, float32 or float64 is rounded to float8, not {tensor.dtype}")
@@ -108,6 +114,13 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> None:
         )
 
 
+def sparsify_mvue_float8(grad: Tensor, seed: Tensor, scale: Tensor) -> None:
+    sparsify_mvue(grad, seed)
+    round_float8(grad, scale)
+    if isinstance(grad.shape[1], int) and grad.shape[1] % TILE:
+        raise ValueError(f"grad is {list(grad.shape)}; its columns must be a multiple of {TILE}: use mvue24")
+
+
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> None:
     mvue24(grad, seed)
     if not _packs(grad):
@@ -122,7 +135,8 @@ def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | No
     spec, (what, count) = PRODUCTS[form], names
     name, _, letters = what.partition(" ")
     fits, k = False, 0
-    if dense.dtype == packed.dtype == FLOAT8 and form == "linear" and bias is None:
+    # Of float8 cuSPARSELt wants both operands with the dim last that it contracts over.
+    if dense.dtype == packed.dtype == FLOAT8 and form in ("linear", "grad_weight_t") and bias is None:
         dtypes: tuple[torch.dtype, ...] = (FLOAT8,)
     else:
         dtypes = KERNEL_DTYPES

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..vocabulary import FLOAT8, KERNEL_DTYPES, KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, padded
+from ..vocabulary import FLOAT8, KERNEL_DTYPES, KERNEL_TILE, PRODUCTS, Form, padded, row_multiple
 from .reference import float8, gradients, inputs, weights
 
 if TYPE_CHECKING:
@@ -91,8 +91,11 @@ def sparsify_one(
 
 
 def sparsify_float8(weight: Tensor, scale: Tensor, mask: str, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    backend_of(weight.device, FLOAT8)  # says why there is none
-    return float8.sparsify(weight, scale, mask, factor)
+    with _current(weight):
+        backend = backend_of(weight.device, FLOAT8)
+        if (pack := backend.packer("sparsify_float8", weight.dtype)) is not None:
+            return pack(weight, scale, mask, factor)  # type: ignore[no-any-return]
+        return float8.sparsify(weight, scale, mask, factor)
 
 
 def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
@@ -114,6 +117,16 @@ def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
         if (pack := backend.packer("sparsify_mvue", grad.dtype)) is not None:
             return pack(grad, seed)  # type: ignore[no-any-return]
         return backend.pack(_whole_tiles(mvue24(grad, seed)).T)
+
+
+def sparsify_mvue_float8(grad: Tensor, seed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    if grad.numel() == 0:
+        return grad.new_empty(0, dtype=FLOAT8), grad.new_empty(grad.shape, dtype=FLOAT8)
+    with _current(grad):
+        backend = backend_of(grad.device, FLOAT8)
+        if (pack := backend.packer("sparsify_mvue_float8", grad.dtype)) is not None:
+            return pack(grad, seed, scale)  # type: ignore[no-any-return]
+        return float8.sparsify_mvue(grad, seed, scale)
 
 
 def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +162,7 @@ def product(
         return dense.new_zeros(shape)
     whole_k, whole_n = (padded(k), n) if spec.rows == "k" else (k, padded(n) if spec.rows == "n" else n)
     with _current(dense):
-        dense = _extended(dense, *spec.dense_shape(padded(m, ROW_MULTIPLE), whole_k), zeros=whole_k != k)
+        dense = _extended(dense, *spec.dense_shape(padded(m, row_multiple(dense.dtype)), whole_k), zeros=whole_k != k)
         bias = None if bias is None else bias.contiguous()
         backend = backend_of(dense.device, dense.dtype)
         output = backend.multiply(form, dense, packed.contiguous(), whole_n, bias, tuned)

@@ -5,13 +5,16 @@ Of weights W [N, K], inputs X [M, K] and gradients dY [M, N]; Mp and Np are M an
     mask24            W -> bool [N, K]                   input_mask24       X [..., K] -> bool [..., K]
     mvue24            dY -> MVUE(dY) [M, N], dense
     float8_scale      T -> its scale, a power of two: float32, no dims
+    float8_inverse    of two scales, 1 / (s s')
     quantize_float8   T, scale -> q(T), float8     round_float8   the same, back in the dtype of T
     sparsify          W -> scale S(W) [N, K] and its transpose [K, N], packed
     sparsify_one      W -> one of the two          sparsify_float8   W, scale -> S(q(W)) and its transpose, packed
     sparsify_input    X -> S(x) [Mp, K] and S(x)^T [K, Mp], packed       x = activation(X), or of X and a gate
     sparsify_mvue     dY -> MVUE(dY)^T [Np, Mp], packed
+    sparsify_mvue_float8  dY, scale -> q(MVUE(dY))^T, packed, and q(dY)
     sparsify_mvue_sum the same, and sums of dY over 64 rows each, float32 [Mp / 64, N], for the gradient of a bias
     linear            X, S(W) -> X S(W)^T + b [M, N]     grad_weight        MVUE(dY)^T, X -> MVUE(dY)^T X [N, K]
+                                                         grad_weight_t      the same of MVUE(dY)^T and X^T
     input_linear      S(x), W -> S(x) W^T [M, N]         input_grad_weight  S(x)^T, dY -> dY^T S(x) [N, K]
     grad_input        MVUE(dY^T)^T, W -> MVUE(dY^T)^T W [M, K]
 
@@ -27,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..vocabulary import FLOAT8, FLOAT8_OUTPUT, KERNEL_TILE, PRODUCTS, Form, packed_numel, padded
+from ..vocabulary import FLOAT8, KERNEL_TILE, PRODUCTS, Form, output_dtype, packed_numel, padded
 from . import checks, cuda
 from .define import Kernels, define
 from .reference import float8, gradients, inputs, weights
@@ -97,6 +100,13 @@ FLOAT8_SCALE = define(
     cpu=float8.scale,
     cuda=float8.scale,
 )
+FLOAT8_INVERSE = define(
+    "float8_inverse(Tensor scale, Tensor other) -> Tensor",
+    check=checks.float8_inverse,
+    fake=lambda scale, other: torch.empty_like(scale),
+    cpu=float8.inverse,
+    cuda=float8.inverse,
+)
 ROUND_FLOAT8 = define(
     "round_float8(Tensor tensor, Tensor scale) -> Tensor",
     check=checks.round_float8,
@@ -150,6 +160,13 @@ SPARSIFY_MVUE = define(
     cpu=gradients.sparsify_mvue,
     cuda=cuda.sparsify_mvue,
 )
+SPARSIFY_MVUE_FLOAT8 = define(
+    "sparsify_mvue_float8(Tensor grad, Tensor seed, Tensor scale) -> (Tensor, Tensor)",
+    check=checks.sparsify_mvue_float8,
+    fake=lambda grad, seed, scale: (_packed(grad, FLOAT8), grad.new_empty(grad.shape, dtype=FLOAT8)),
+    cpu=float8.sparsify_mvue,
+    cuda=cuda.sparsify_mvue_float8,
+)
 SPARSIFY_MVUE_SUM = define(
     "sparsify_mvue_sum(Tensor grad, Tensor seed) -> (Tensor, Tensor)",
     check=checks.sparsify_mvue_sum,
@@ -170,9 +187,8 @@ def _define_product(form: Form, arguments: str, names: tuple[str, str]) -> Kerne
 
     def fake(*args: Tensor, tuned: bool = False) -> Tensor:
         dense, _, n, _ = spec.operands(*args)
-        dtype = FLOAT8_OUTPUT if dense.dtype == FLOAT8 else dense.dtype
         shape = spec.output_shape(spec.dense_shape(*dense.shape)[0], n)
-        return dense.new_empty(shape, dtype=dtype)  # type: ignore[no-any-return]
+        return dense.new_empty(shape, dtype=output_dtype(dense.dtype))  # type: ignore[no-any-return]
 
     def cpu(*args: Tensor, tuned: bool = False) -> Tensor:
         return product(form, *spec.operands(*args))
@@ -189,6 +205,9 @@ LINEAR = _define_product(
 )
 GRAD_WEIGHT = _define_product(
     "grad_weight", "Tensor packed, Tensor input, SymInt out_features", ("input [M, K]", "out_features")
+)
+GRAD_WEIGHT_T = _define_product(
+    "grad_weight_t", "Tensor packed, Tensor input_t, SymInt out_features", ("input_t [K, M]", "out_features")
 )
 INPUT_LINEAR = _define_product("input", "Tensor packed, Tensor weight, SymInt rows", ("weight [N, K]", "rows"))
 INPUT_GRAD_WEIGHT = _define_product(

@@ -17,15 +17,34 @@ from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 
-from ..vocabulary import KERNEL_DTYPES, KERNEL_TILE, PRODUCTS, ROW_MULTIPLE, Form, packed_numel, padded
-from . import cuda
+from ..vocabulary import (
+    FLOAT8,
+    FLOAT8_CAPABILITY,
+    KERNEL_DTYPES,
+    KERNEL_TILE,
+    PRODUCTS,
+    Form,
+    output_dtype,
+    packed_numel,
+    padded,
+    row_multiple,
+)
+from . import cuda, lowering_float8
 from . import definitions as _ops  # noqa: F401  (registers torch.ops.sparse_pass)
 
 _sparse_ops = torch.ops.sparse_pass
 aten = torch.ops.aten
 _REFERENCES = "sparse_pass.ops.reference.compiled"
 """What compiled code calls on a CPU: there to test this file without a GPU."""
-_PACKERS = {"sparsify": 2, "sparsify_one": 1, "sparsify_input": 2, "sparsify_mvue": 1, "sparsify_mvue_sum": 1}
+_PACKERS = {
+    "sparsify": 2,
+    "sparsify_one": 1,
+    "sparsify_float8": 2,
+    "sparsify_input": 2,
+    "sparsify_mvue": 1,
+    "sparsify_mvue_float8": 1,
+    "sparsify_mvue_sum": 1,
+}
 """Operators that pack, and how many matrices."""
 
 
@@ -101,8 +120,8 @@ def _stride1(x: Any) -> Any:
 
 
 def _into(kernel: str, like: Any, size: Sequence[Any], operands: Sequence[Any], **kwargs: Any) -> Any:
-    """A matrix of the device and dtype of ``like``."""
-    layout = ir.FixedLayout(like.get_device(), like.get_dtype(), list(size), [size[1], 1])
+    """A matrix of the device of ``like``, and of the dtype of what is multiplied in that of it."""
+    layout = ir.FixedLayout(like.get_device(), output_dtype(like.get_dtype()), list(size), [size[1], 1])
     inputs = [_contiguous(x) for x in operands if x is not None]
     return ir.TensorBox.create(_Into(layout=layout, inputs=inputs, kwargs=kwargs, python_kernel_name=kernel))
 
@@ -131,10 +150,12 @@ def _lower_product(form: Form) -> Callable[..., Any]:
         m, k = spec.dense_shape(*dense.get_size())
         sizes = {"m": m, "n": n, "k": k}
         kernel = None
-        if dense.get_dtype() in KERNEL_DTYPES:
+        if dense.get_dtype() in (*KERNEL_DTYPES, FLOAT8):
             kernel = _kernel(f"{spec.op}_into", dense.get_device(), dense.get_dtype())
-        rows = _up_to(sizes[spec.rows], spec.multiple)
-        if kernel is None or rows is None or not (spec.rows == "m" or _is_multiple(m, ROW_MULTIPLE)):
+        rows = _up_to(sizes[spec.rows], spec.multiple(dense.get_dtype()))
+        if rows != sizes[spec.rows] and (dense.get_dtype() == FLOAT8 or (spec.rows == "k" and spec.b_transposed)):
+            kernel = None  # Triton does not pad in 8 bits, and columns are not padded here
+        if kernel is None or rows is None or not (spec.rows == "m" or _is_multiple(m, row_multiple(dense.get_dtype()))):
             return _call_op(op, *args, tuned=tuned)
         sizes[spec.rows] = rows
         dense = _padded(dense, spec.dense_shape(sizes["m"], sizes["k"])[0])
@@ -150,12 +171,16 @@ def _lower_packer(name: str, count: int) -> Callable[..., Any]:
     is_weight = any(argument.name == "dtype" for argument in op._schema.arguments)
 
     def lower(source: Any, *rest: Any, **kwargs: Any) -> Any:
-        device, dtype = source.get_device(), kwargs.get("dtype") or source.get_dtype()
+        device = source.get_device()
+        dtype = FLOAT8 if "float8" in name else kwargs.get("dtype") or source.get_dtype()
         kernel = _kernel(name, device, dtype)
         rows, cols = (_up_to(size, KERNEL_TILE) for size in source.get_size())
         if kernel is None or rows is None or cols is None or source.get_dtype() == torch.float64:
             return _call_op(op, source, *rest, **kwargs)
-        layouts = [ir.FixedLayout(device, dtype, [packed_numel(rows, cols)], [1]) for _ in range(count)]
+        layouts = [ir.FixedLayout(device, dtype, [packed_numel(rows, cols, dtype)], [1]) for _ in range(count)]
+        if name == "sparsify_mvue_float8":
+            sizes = source.get_size()
+            layouts.append(ir.FixedLayout(device, dtype, sizes, [sizes[1], 1]))
         if name == "sparsify_mvue_sum":
             layouts.append(ir.FixedLayout(device, torch.float32, [rows // KERNEL_TILE, cols], [cols, 1]))
         # Tensors come first, and None in the place of one among the constants.
@@ -168,10 +193,29 @@ def _lower_packer(name: str, count: int) -> Callable[..., Any]:
     return lower
 
 
+def _lower_fused(name: str, lower: Callable[..., Any]) -> Callable[..., Any]:
+    """Arithmetic of Inductor's own, where it has that of float8."""
+    op = getattr(_sparse_ops, name).default
+
+    def lower_or_call(tensor: Any, *rest: Any) -> Any:
+        device = tensor.get_device()
+        has_float8 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+        if not has_float8 or tensor.get_dtype() == torch.float64:
+            return _call_op(op, tensor, *rest)
+        return lower(tensor, *rest)
+
+    return lower_or_call
+
+
 @functools.cache
 def register() -> None:
     """Tell Inductor, once in a process."""
     lowers = {spec.op: _lower_product(form) for form, spec in PRODUCTS.items()}
     lowers |= {name: _lower_packer(name, count) for name, count in _PACKERS.items()}
+    lowers |= {
+        "float8_scale": _lower_fused("float8_scale", lowering_float8.scale),
+        "float8_inverse": _lower_fused("float8_inverse", lowering_float8.inverse),
+        "quantize_float8": _lower_fused("quantize_float8", lowering_float8.quantize),
+    }
     for name, lower in lowers.items():
         register_lowering(getattr(_sparse_ops, name).default, type_promotion_kind=None)(lower)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..config import ActivationSparsity, GradientSparsity, WeightSparsity, gradient_scheme, input_scheme, weight_scheme
 from ..graph.gemms import GemmName, Linear, Role
+from ..vocabulary import FLOAT8
 from .limits import AskLimits, Limits
 from .table import estimated, structured_operands
 from .values import Named
@@ -24,23 +25,34 @@ class Call:
     estimated: Mapping[GemmName, str]
     """The estimator of grad_output, by the GEMM that reads it."""
     limits: Limits
+    """For GEMMs of the captured dtype."""
+    weight_limits: Limits
+    """For those that read the weight."""
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the GEMMs of the weight are to multiply in float8, and a 2:4 grad_weight with them."""
+        return self.weight is not None and self.weight.precision == "float8"
 
     @property
     def kernel(self) -> str:
         """The name of the sparse kernels, for the report."""
-        return "cusparselt" if self.limits.device == "cuda" else "reference"
+        return self.limits.kernel if self.limits.device == "cuda" else "reference"
 
 
 def call_of(named: Named, limits: AskLimits) -> Call:
     """The call as the parts of the plan see it."""
     linear, scheme = named.linear, named.scheme
     device, dtype = linear.weight.meta["val"].device, linear.output.operand.meta["val"].dtype
+    weight, asked = weight_scheme(scheme), limits(device, dtype)
+    is_float8 = weight is not None and weight.precision == "float8"
     return Call(
         linear=linear,
-        weight=weight_scheme(scheme),
+        weight=weight,
         input=input_scheme(scheme),
         gradient=gradient_scheme(scheme),
         structured=structured_operands(scheme),
         estimated=estimated(scheme),
-        limits=limits(device, dtype),
+        limits=asked,
+        weight_limits=limits(device, FLOAT8) if is_float8 else asked,
     )

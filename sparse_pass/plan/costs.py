@@ -25,8 +25,8 @@ class Product:
     """A sparse GEMM of a linear [M, N, K], all sizes as they are in the graph."""
 
     form: Any
-    """``"linear"`` (of a weight), ``"input"`` or ``"input_grad_weight"``; of an estimate ``"grad_weight"`` or
-    ``"grad_input"``."""
+    """``"linear"`` (of a weight), ``"input"`` or ``"input_grad_weight"``; of an estimate ``"grad_weight"``,
+    ``"grad_weight_t"`` or ``"grad_input"``."""
     device: torch.device
     dtype: torch.dtype
     m: Any
@@ -37,10 +37,11 @@ class Product:
     @property
     def sizes(self) -> tuple[Any, Any, Any]:
         """As the kernels take them, which call them M, N and K as well: M of the linear is padded."""
-        m = self.m + -self.m % PRODUCTS[self.form].multiple
+        m = self.m + -self.m % PRODUCTS[self.form].multiple(self.dtype)
         return {
             "linear": (m, self.n, self.k),
             "grad_weight": (self.k, self.n, m),
+            "grad_weight_t": (self.k, self.n, m),
             "input": (self.n, m, self.k),
             "input_grad_weight": (self.n, self.k, m),
             "grad_input": (self.k, m, self.n),
@@ -95,9 +96,14 @@ class Measured:
         one = preparation
         if one.stored == torch.float64 or not one.operand:
             return None
-        from ..kernels.measure import preparation_of
+        from ..kernels import probe
+        from ..kernels.measure import Packers, preparation_of
 
-        timing = preparation_of(one.operand, _index(one.device), one.shape, one.stored, one.dtype, one.mask)
+        backend = probe.backend(one.device, one.dtype)
+        if isinstance(backend, str) or not backend.is_measured:
+            return None
+        packers, dtypes = Packers(backend.name, backend.packer), (one.stored, one.dtype)
+        timing = preparation_of(packers, one.operand, _index(one.device), one.shape, dtypes, one.mask)
         return timing.sparse_us, timing.dense_us
 
 

@@ -8,6 +8,7 @@ from ..fqn import Pattern, choose
 from ..graph.find import Found
 from .calls import call_of
 from .costs import Costs
+from .float8 import rounded_reads
 from .gradients import plan_gradients
 from .halves import without_halves
 from .inputs import plan_inputs
@@ -47,8 +48,9 @@ def make_plan(
     skipped = {named: why_nothing_is_done(named.linear, named.scheme) for named in chosen}
     calls = {named: call_of(named, limits) for named in chosen if skipped[named] is None}
     several = tuple(calls.values())
-    inputs, weights = plan_inputs(several, costs), plan_weights(several, costs)
-    gradients = plan_gradients(several, costs)
+    rounded = rounded_reads(several)
+    inputs, weights = plan_inputs(several, costs), plan_weights(several, costs, rounded)
+    gradients = plan_gradients(several, costs, rounded)
     linears = []
     for named in chosen:
         call = calls.get(named)
@@ -57,7 +59,8 @@ def make_plan(
         else:
             parts = (part.get(call, Part()) for part in (inputs, weights, gradients))
             linears.append(LinearPlan(named, None, *parts))
-    return Plan(tuple(linears), others, _unmatched(found, patterns, others))
+    notes = tuple(dict.fromkeys(call.limits.note for call in several if call.limits.note))
+    return Plan(tuple(linears), others, _unmatched(found, patterns, others), notes)
 
 
 def _unmatched(found: Found, patterns: Sequence[Pattern], others: Sequence[OtherPlan]) -> tuple[str, ...]:

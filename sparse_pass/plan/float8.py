@@ -3,29 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch.fx import Node
 
 from ..config import Scheme, weight_scheme
-from ..graph.gemms import Linear, Use
-from ..graph.inputs import OperandRead, dense_read
+from ..graph.gemms import GradientGemm, Linear, Use
+from ..graph.inputs import OperandRead, dense_read, operand_read
 from .calls import Call
 from .values import Reason, Rounded
 
 
-def rounded_operands(calls: Sequence[Call]) -> Mapping[Node, tuple[OperandRead, Rounded]]:
-    """By GEMM: how it reads the operand that is rounded. Of output that is the input, of grad_input grad_output."""
-    reads = {use.gemm: read for call in calls for use in _uses(call) if (read := dense_read(use)) is not None}
+@dataclass(frozen=True, slots=True)
+class RoundedReads:
+    """Where GEMMs read what is rounded to float8, and which of them share it."""
+
+    reads: Mapping[tuple[Node, int], tuple[OperandRead, Rounded]]
+    """By GEMM and place of its operand."""
+
+    def of_weight(self, use: Use) -> tuple[OperandRead, Rounded] | None:
+        """What a GEMM multiplies by the weight."""
+        found = dense_read(use)
+        return None if found is None else self.reads.get((use.gemm, found[1].place))
+
+    def of_gradient(self, made: GradientGemm) -> tuple[tuple[OperandRead, Rounded], ...]:
+        """grad_output and the operand beside it; empty if they are not rounded."""
+        found = [self.reads.get((made.gemm, place)) for place in (made.place, 1 - made.place)]
+        return tuple(one for one in found if one is not None) if None not in found else ()
+
+
+def rounded_reads(calls: Sequence[Call]) -> RoundedReads:
+    """All of a graph. Of output it is the input, of grad_input grad_output, and of a 2:4 grad_weight both."""
+    reads = {(read.gemm, read.place): (source, read) for call in calls for source, read in _reads(call)}
     first: dict[Node, Node] = {}
-    for gemm, (source, _) in reads.items():
+    for (gemm, _), (source, _) in reads.items():
         first[source] = min(gemm, first.get(source, gemm))
     # Of nothing there is no largest magnitude.
     shared = {source: Rounded(gemm) for source, gemm in first.items() if 0 not in source.meta["val"].shape}
-    return {gemm: (read, shared[source]) for gemm, (source, read) in reads.items() if source in shared}
+    return RoundedReads({key: (read, shared[source]) for key, (source, read) in reads.items() if source in shared})
+
+
+def _reads(call: Call) -> Iterator[tuple[Node, OperandRead]]:
+    for use in _uses(call):
+        if (found := dense_read(use)) is not None:
+            yield found
+    made = call.linear.grad_weight
+    if call.is_float8 and "grad_weight" in call.estimated and made is not None:
+        yield from (operand_read(made.gemm, place) for place in (0, 1))
 
 
 def _uses(call: Call) -> Iterator[Use]:
-    if call.weight is not None and call.weight.precision == "float8":
+    if call.is_float8:
         yield from (call.linear.output, *call.linear.again, *call.linear.grad_input)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 
+import torch
 from torch.fx import Node
 
 from ..config import GradientSparsity, WeightSparsity
 from ..graph.backward import grad_input_gemm
 from ..graph.gemms import GradientGemm, Role, aten, is_flip, operand_of
+from ..vocabulary import FLOAT8
 from .calls import Call
 from .costs import Costs, Preparation, Product, why_slower
+from .float8 import RoundedReads
 from .legal import why_dense_grad_input, why_dense_gradient, why_not_sparse_gradient
 from .table import ESTIMATORS
 from .values import Gemm, GemmPlan, Packed, Part, Prepared, Reason
@@ -18,7 +21,7 @@ from .values import Gemm, GemmPlan, Packed, Part, Prepared, Reason
 _NO_GRADIENT = Reason(None, "the graph computes no gradient that the scheme changes")
 
 
-def plan_gradients(calls: Sequence[Call], costs: Costs | None) -> Mapping[Call, Part]:
+def plan_gradients(calls: Sequence[Call], costs: Costs | None, rounded: RoundedReads) -> Mapping[Call, Part]:
     """What a 2:4 grad_output means for each call whose scheme has one."""
     parts: dict[Call, Part] = {}
     summed: set[Node] = set()  # of a grad_output that several linears have, the first one sums
@@ -27,7 +30,7 @@ def plan_gradients(calls: Sequence[Call], costs: Costs | None) -> Mapping[Call, 
             continue
         plans = []
         for made in _gemms(call):
-            plans.append(_plan_gradient(call, call.gradient, made, costs, summed))
+            plans.append(_plan_gradient(call, call.gradient, made, costs, summed, rounded))
             summed.update(plans[-1].prepared.sums)
         declined = tuple(_declined(call))
         reasons = (*declined, *(plan.reason for plan in plans if plan.reason is not None))
@@ -60,34 +63,44 @@ def _plan_gradient(
     made: GradientGemm,
     costs: Costs | None,
     summed: Set[Node],
+    rounded: RoundedReads,
 ) -> GemmPlan:
     name = call.estimated[made.name]
     value, operand = made.gemm.meta["val"], operand_of(made.gemm, made.place)
-    text, measured = why_not_sparse_gradient(made, name, scheme, call.limits), False
+    reads = rounded.of_gradient(made) if call.is_float8 else ()
+    dtype = FLOAT8 if reads else value.dtype
+    text, measured = why_not_sparse_gradient(made, name, scheme, call.weight_limits if reads else call.limits), False
+    if text is None and reads and not ESTIMATORS[name].packed_float8:
+        text = f"{made.name}={name!r} has no 2:4 kernel in float8"
     if text is None and costs is not None and scheme.backend == "auto":
-        text = _why_slower(made, name, costs)
+        text = _why_slower(made, name, costs, dtype)
         measured = text is not None
     other: Role = "weight" if made.name == "grad_input" else "input"
-    gemm = Gemm(made.name, made.gemm, {"grad_output": made.place, other: 1 - made.place})
+    (structured_read, estimated), (dense_read, beside) = reads or ((None, None), (None, None))
+    places: dict[Role, int] = {"grad_output": made.place, other: 1 - made.place}
+    gemm = Gemm(made.name, made.gemm, places, dense_read=dense_read, structured_read=structured_read)
     if text is not None:
         prepared = Prepared("grad_output", operand, name, made.gemm, dense=True)
-        return GemmPlan(gemm, prepared, None, "masked_dense", False, Reason(made.name, text, measured))
-    packed = Packed(value.dtype, True, made.gemm, together=False)
-    sums = _sums(made, summed) if ESTIMATORS[name].packed_and_sum else ()
+        reason = Reason(made.name, text, measured)
+        return GemmPlan(gemm, prepared, None, "masked_dense", False, reason, beside, estimated)
+    packed = Packed(dtype, True, made.gemm, together=False)
+    sums = _sums(made, summed) if ESTIMATORS[name].packed_and_sum and not reads else ()
     prepared = Prepared("grad_output", operand, name, made.gemm, packed=(packed,), sums=sums)
-    return GemmPlan(gemm, prepared, packed, call.kernel, tuned=costs is not None and value.is_cuda)
+    tuned = costs is not None and value.is_cuda
+    return GemmPlan(gemm, prepared, packed, call.kernel, tuned, None, beside, estimated)
 
 
-def _why_slower(made: GradientGemm, name: str, costs: Costs) -> str | None:
+def _why_slower(made: GradientGemm, name: str, costs: Costs, dtype: torch.dtype) -> str | None:
     value = made.gemm.meta["val"]
     m, n, k = made.shape
-    product = Product(form=made.name, device=value.device, dtype=value.dtype, m=m, n=n, k=k)
+    form = "grad_weight_t" if dtype == FLOAT8 else made.name
+    product = Product(form=form, device=value.device, dtype=dtype, m=m, n=n, k=k)
     preparation = Preparation(
         operand=ESTIMATORS[name].measured_as.get(made.name, ""),
         device=value.device,
         shape=(m, n),
         stored=value.dtype,
-        dtype=value.dtype,
+        dtype=dtype,
     )
     return why_slower(costs, "grad_output", [product], preparation)
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from ..vocabulary import KERNEL_DTYPES, MIN_CAPABILITY
+from ..vocabulary import FLOAT8, KERNEL_DTYPES, MIN_CAPABILITY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +21,12 @@ class Limits:
     """CUDA compute capability; None for other devices."""
     unavailable: str = ""
     """Why the sparse kernels cannot be used there although the capability would do; empty if they can."""
+    layout: str = ""
+    """The packed layout that its kernels read, if it was asked."""
+    kernel: str = "cusparselt"
+    """Whose kernels they are."""
+    note: str = ""
+    """What is told of that choice: why it is not the first layout."""
 
 
 def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
@@ -30,11 +36,17 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None:
         return Limits(device="cuda", capability=capability, unavailable="ROCm has no cuSPARSELt kernels")
-    if capability < MIN_CAPABILITY or dtype not in KERNEL_DTYPES:
+    if capability < MIN_CAPABILITY or dtype not in (*KERNEL_DTYPES, FLOAT8):
         return Limits(device="cuda", capability=capability)
-    from ..kernels.probe import availability
+    from ..kernels import probe
 
-    return Limits(device="cuda", capability=capability, unavailable=availability(device, dtype))
+    unavailable = probe.availability(device, dtype)
+    found = None if unavailable else probe.backend(device, dtype)
+    if found is None or isinstance(found, str):
+        return Limits(device="cuda", capability=capability, unavailable=unavailable)
+    why = "; ".join(probe.reasons(device, dtype))
+    note = f"{device} multiplies {dtype} by the layout {found.name!r} ({why})" if why else ""
+    return Limits(device="cuda", capability=capability, layout=found.name, kernel=found.kernel, note=note)
 
 
 AskLimits: TypeAlias = Callable[[torch.device, torch.dtype], Limits]

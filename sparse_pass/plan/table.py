@@ -22,6 +22,9 @@ class Estimator:
     packed: str = ""
     """Gives its transpose packed, both dims padded to whole tiles, for `sparse_pass::grad_weight` and
     `sparse_pass::grad_input`. Empty: there is no such kernel."""
+    packed_float8: str = ""
+    """Gives it rounded to float8 by a scale, its third argument, for `sparse_pass::grad_weight_t`. Empty: there is no
+    such kernel."""
     packed_and_sum: str = ""
     """Gives the same, and what sums to the gradient of a bias. Empty: there is no such kernel."""
     random: bool = False
@@ -33,6 +36,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "mvue": Estimator(
         dense="sparse_pass::mvue24",
         packed="sparse_pass::sparsify_mvue",
+        packed_float8="sparse_pass::sparsify_mvue_float8",
         packed_and_sum="sparse_pass::sparsify_mvue_sum",
         random=True,
         measured_as={"grad_weight": "MVUE(dY)", "grad_input": "MVUE(dY^T)"},

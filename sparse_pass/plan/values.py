@@ -55,7 +55,9 @@ class Gemm:
     input_reads: tuple[OperandRead, ...] = ()
     """How it reads the input, if that is to be 2:4."""
     dense_read: OperandRead | None = None
-    """How it reads the operand that it multiplies by the weight, if that is to be rounded to float8."""
+    """How it reads the operand beside the structured one, if that is to be rounded to float8."""
+    structured_read: OperandRead | None = None
+    """How it reads grad_output, if the estimate of it is to be rounded to float8."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +92,8 @@ class Prepared:
     """Of a weight: whether the 2:4 one is rounded to float8."""
     mask: bool = False
     dense: bool = False
+    dense_float8: bool = False
+    """Of a weight: the 2:4 one as a dense tensor of float8 values, for `GemmPlan.scaled_mm`."""
     packed: tuple[Packed, ...] = ()
     readers: tuple[Use, ...] = ()
     """Of a weight: ops that compute something from it, and read the dense one instead."""
@@ -103,7 +107,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rounded:
-    """A dense operand that is rounded to float8, once for all GEMMs of the graph that read it."""
+    """A tensor that is rounded to float8, by one scale for all GEMMs of the graph that read it or an estimate of it."""
 
     before: Node
     """The first of them."""
@@ -125,6 +129,10 @@ class GemmPlan:
     """Why it is not sparse."""
     rounded: Rounded | None = None
     """The operand beside the structured one, if it is rounded to float8: the one that `Gemm.dense_read` reads."""
+    estimated: Rounded | None = None
+    """grad_output, if its estimate is rounded to float8: the one that `Gemm.structured_read` reads."""
+    scaled_mm: bool = False
+    """Of one that is not sparse: whether it multiplies float8 operands all the same, by ``torch._scaled_mm``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,3 +214,5 @@ class Plan:
     others: tuple[OtherPlan, ...]
     unmatched: tuple[str, ...]
     """Config keys that name nothing in it."""
+    notes: tuple[str, ...] = ()
+    """What is told of the devices."""

@@ -10,12 +10,11 @@ from torch.fx import Node
 
 from ..config import WeightSparsity
 from ..graph.gemms import GemmName, Linear, Use, aten, reads_rows
-from ..graph.inputs import OperandRead
 from ..vocabulary import FLOAT8
 from .calls import Call
 from .costs import Costs, Preparation, Product, why_slower
-from .float8 import rounded_operands, why_not_rounded
-from .legal import why_not_sparse
+from .float8 import RoundedReads, why_not_rounded
+from .legal import has_scaled_mm, why_not_sparse
 from .values import Gemm, GemmPlan, MaskedGradients, Packed, Part, Prepared, Reason, Rounded
 
 _MANY_ROWS = 8192
@@ -35,6 +34,13 @@ class _Read:
     rounded: Rounded | None
     """Its other operand, if that is in float8."""
 
+    @property
+    def scaled_mm(self) -> bool:
+        """Whether it multiplies dense float8 operands."""
+        if self.reason is None or self.rounded is None or self.scheme.backend == "masked_dense":
+            return False
+        return has_scaled_mm(self.use, self.call.linear, self.call.weight_limits)
+
     def without_kernel(self, text: str, *, measured: bool = False) -> _Read:
         return replace(self, reason=Reason(None if self.gemm.name == "output" else self.gemm.name, text, measured))
 
@@ -52,9 +58,9 @@ class _Read:
         value = self.use.gemm.meta["val"]
         n = value.shape[-1]
         return Product(
-            form="linear", device=value.device, dtype=value.dtype,
+            form="linear", device=value.device, dtype=FLOAT8 if self.scheme.precision == "float8" else value.dtype,
             m=value.numel() // n, n=n, k=self.use.operand.meta["val"].numel() // n,
-            bias=self.use.gemm.target is aten.addmm.default,
+            bias=self.use.gemm.target is aten.addmm.default and self.scheme.precision != "float8",
         )  # fmt: skip
 
     @property
@@ -64,15 +70,16 @@ class _Read:
 
     def plan(self, prepared: Prepared, *, tuned: bool) -> GemmPlan:
         if self.reason is not None:
-            return GemmPlan(self.gemm, prepared, None, "masked_dense", False, self.reason, self.rounded)
+            return GemmPlan(
+                self.gemm, prepared, None, "masked_dense", False, self.reason, self.rounded, scaled_mm=self.scaled_mm
+            )
         packed = next(p for p in prepared.packed if (p.dtype, p.transposed) == (self.packed_dtype, self.transposed))
         tuned = tuned and self.use.gemm.meta["val"].is_cuda
         return GemmPlan(self.gemm, prepared, packed, self.call.kernel, tuned, rounded=self.rounded)
 
 
-def plan_weights(calls: Sequence[Call], costs: Costs | None) -> Mapping[Call, Part]:
+def plan_weights(calls: Sequence[Call], costs: Costs | None, rounded: RoundedReads) -> Mapping[Call, Part]:
     """What a 2:4 weight means for each call whose scheme has one."""
-    rounded = rounded_operands(calls)
     groups: dict[tuple[object, ...], list[tuple[Call, WeightSparsity]]] = {}
     decaying: dict[Node, Call] = {}  # which call adds the decay of a weight
     for call in calls:
@@ -126,12 +133,15 @@ def _plan_weight(
         return {call: Part(reasons=_told(call.linear, [])) for call, _ in calls}
     before = min([*(call.linear.output.gemm for call in reading), *(use.gemm for use in readers)])
     readers = tuple(use for use in readers if use.reads(weight))
-    dense = bool(readers) or any(one.reason is not None and one.gemm.weight_read is not None for one in reads)
-    mask = dense or any(one is not None for one in masked.values())
+    masked_dense = [one for one in reads if one.reason is not None and one.gemm.weight_read is not None]
+    dense = bool(readers) or any(not one.scaled_mm for one in masked_dense)
+    dense_float8 = any(one.scaled_mm for one in masked_dense)
+    mask = dense or dense_float8 or any(one is not None for one in masked.values())
     packed = tuple(_packed(weight, [one for one in reads if one.reason is None], before))
     prepared = Prepared(
         "weight", weight, scheme.mask, before,
-        scale=scheme.factor, precision=scheme.precision, mask=mask, dense=dense, packed=packed, readers=readers,
+        scale=scheme.factor, precision=scheme.precision, mask=mask, dense=dense,
+        dense_float8=dense_float8, packed=packed, readers=readers,
     )  # fmt: skip
     return {
         call: Part(
@@ -144,7 +154,7 @@ def _plan_weight(
     }
 
 
-def _reads(call: Call, scheme: WeightSparsity, rounded: Mapping[Node, tuple[OperandRead, Rounded]]) -> Iterator[_Read]:
+def _reads(call: Call, scheme: WeightSparsity, rounded: RoundedReads) -> Iterator[_Read]:
     linear, weight = call.linear, call.linear.weight
     uses: tuple[tuple[GemmName, Sequence[Use]], ...] = (
         ("output", (linear.output, *linear.again)),
@@ -152,11 +162,11 @@ def _reads(call: Call, scheme: WeightSparsity, rounded: Mapping[Node, tuple[Oper
     )
     for name, several in uses:
         for use in several if call.structured[name] == "weight" else ():
-            dense_read, shared = rounded.get(use.gemm, (None, None))
+            dense_read, shared = rounded.of_weight(use) or (None, None)
             direct = use if use.reads(weight) else None
             gemm = Gemm(name, use.gemm, weight_read=direct, dense_read=dense_read)
             read = _Read(call, scheme, gemm, use, None, shared)
-            text = why_not_sparse(use, linear, scheme, call.limits)
+            text = why_not_sparse(use, linear, scheme, call.weight_limits)
             if text is None and scheme.precision == "float8" and shared is None:
                 text = "there is nothing to round to float8"
             yield read if text is None else read.without_kernel(text)
@@ -171,7 +181,7 @@ def _why_slower(weight: Node, sparse: Sequence[_Read], costs: Costs | None) -> s
         device=value.device,
         shape=tuple(value.shape),
         stored=value.dtype,
-        dtype=sparse[0].dtype,
+        dtype=sparse[0].packed_dtype,
         mask=sparse[0].scheme.mask,
     )
     return why_slower(costs, "weight", [one.product() for one in sparse], preparation)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from fake_cusparselt import FakeCusparselt
-from fake_gpu import CudaIsTheCpu
+from fake_gpu import CudaIsTheCpu, device_operators
 from support import errors, run
 from torch import Tensor, nn
 
 import sparse_pass as sp
 from sparse_pass.kernels import backends, probe
-from sparse_pass.ops import cuda, definitions
+from sparse_pass.ops import cuda
 from sparse_pass.vocabulary import PRODUCTS, Form
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the device itself is there")
@@ -71,13 +71,8 @@ def toy(library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         found = probe.backend(torch.device("cuda"), BFLOAT16)
     monkeypatch.setattr(cuda, "backend_of", lambda device, dtype: found)
     monkeypatch.setattr(cuda, "_has_triton", lambda device: False)
-    here = torch.library.Library("sparse_pass", "IMPL")
-    for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("sparse_pass::"):
-            op = name.partition("::")[2]
-            here.impl(op, getattr(definitions, op.upper()).cuda, "CPU", allow_override=True)
-    yield
-    here._destroy()
+    with device_operators():
+        yield
 
 
 def test_a_layout_is_tried_like_the_others(toy: None) -> None:

@@ -20,7 +20,7 @@ import sparse_pass as sp
 from sparse_pass.ops.reference import weights
 
 FLOAT8 = sp.WeightSparsity(precision="float8")
-NO_KERNEL = "float8 has no 2:4 kernels yet: the same numbers are multiplied in the captured precision"
+NO_KERNEL = "no 2:4 kernels on cpu"
 sparse = torch.ops.sparse_pass
 
 
@@ -240,17 +240,50 @@ def test_other_fields() -> None:
     assert max(errors(actual, expected).values()) < 1e-5
 
 
-def test_mvue_stays_in_the_captured_precision() -> None:
-    model, x = nn.Sequential(nn.Tanh(), nn.Linear(16, 32)), leaf(64, 16)
-    scheme = sp.WeightSparsity(precision="float8", grad_weight="mvue")
+@pytest.mark.parametrize("backend", ["masked_dense", "cusparselt"])
+@pytest.mark.parametrize("rows", [64, 40])
+def test_mvue_is_rounded_too(backend: Any, rows: int) -> None:
+    """q(MVUE(dY))^T q(X), with half the scale of dY: MVUE may be twice as large."""
+    dtype = torch.bfloat16
+    model, x = nn.Sequential(nn.Tanh(), nn.Linear(64, 128)).to(dtype), leaf(2, rows // 2, 64, dtype=dtype)
+    scheme = sp.WeightSparsity(precision="float8", grad_weight="mvue", backend=backend)
     actual, expected, report = both(model, ("1",), x, scheme=scheme)
     gradient, dense = actual.gradients["1.weight"], expected.gradients["1.weight"]
     assert gradient is not None
     assert dense is not None
-    assert 0.1 < relative_error(gradient, dense) < 1
+    assert 0.1 < relative_error(gradient, dense) < 1.2
     expected.gradients["1.weight"] = gradient
-    assert max(errors(actual, expected).values()) < 1e-5
-    assert [site.grad_weight for site in report.sites] == ["masked_dense"]
+    assert max(errors(actual, expected).values()) < 2e-2
+    kernel = {"masked_dense": "masked_dense", "cusparselt": "reference"}[backend]
+    assert [site.grad_weight for site in report.sites] == [kernel]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_estimate_by_hand(dtype: torch.dtype) -> None:
+    grad, x = torch.randn(96, 128).to(dtype), torch.randn(96, 64).to(dtype)
+    seed = torch.tensor([11])
+    half = scale_by_hand(grad) / 2
+    kept = sparse.mvue24(grad, seed).float()
+    assert float(kept.abs().max()) * half <= 448
+    q, qx = (kept * half).to(torch.float8_e4m3fn), (x.float() * 8).to(torch.float8_e4m3fn)
+    packed, quantized = sparse.sparsify_mvue_float8(grad, seed, torch.tensor(half * 2))
+    assert packed.dtype == torch.float8_e4m3fn
+    assert torch.equal(quantized.float(), (grad.float() * half * 2).to(torch.float8_e4m3fn).float())
+    made = sparse.grad_weight_t(packed, qx.T.contiguous(), 128)
+    assert torch.equal(made, (q.float().T @ qx.float()).bfloat16())
+
+
+def test_packed_and_dense_estimates_agree() -> None:
+    """From one seed, by the reference kernels and by dense matmuls."""
+    model = nn.Sequential(nn.Tanh(), nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)).bfloat16()
+    x = leaf(48, 64, dtype=torch.bfloat16)
+    found = []
+    for backend in ("masked_dense", "cusparselt"):
+        scheme = sp.WeightSparsity(precision="float8", grad_weight="mvue", backend=backend)  # type: ignore[arg-type]
+        compiled = torch.compile(model, backend=sp.sparse_backend({"*": scheme}, model=model, inner="aot_eager"))
+        torch.manual_seed(3)
+        found.append(run(compiled, dict(model.named_parameters()), [x]))
+    assert max(errors(*found).values()) < 2e-2
 
 
 def test_not_finite() -> None:
@@ -444,18 +477,18 @@ getitem_1 = sparsify_float8[1]
 float8_scale_1 = sparse_pass.float8_scale(primals_3)
 quantize_float8 = sparse_pass.quantize_float8(primals_3, float8_scale_1)
 linear = sparse_pass.linear(quantize_float8, getitem, None, 128)
-mul = aten.mul(float8_scale_1, float8_scale)
+float8_inverse = sparse_pass.float8_inverse(float8_scale_1, float8_scale)
 convert_element_type = prims.convert_element_type(linear, float32)
-div = aten.div(convert_element_type, mul)
-add = aten.add(div, primals_2)
+mul = aten.mul(convert_element_type, float8_inverse)
+add = aten.add(mul, primals_2)
 convert_element_type_1 = prims.convert_element_type(add, bfloat16)
 float8_scale_2 = sparse_pass.float8_scale(tangents_1)  # backward
 quantize_float8_1 = sparse_pass.quantize_float8(tangents_1, float8_scale_2)  # backward
 linear_1 = sparse_pass.linear(quantize_float8_1, getitem_1, None, 64)  # backward
-mul_1 = aten.mul(float8_scale_2, float8_scale)  # backward
+float8_inverse_1 = sparse_pass.float8_inverse(float8_scale_2, float8_scale)  # backward
 convert_element_type_2 = prims.convert_element_type(linear_1, float32)  # backward
-div_1 = aten.div(convert_element_type_2, mul_1)  # backward
-convert_element_type_3 = prims.convert_element_type(div_1, bfloat16)  # backward
+mul_1 = aten.mul(convert_element_type_2, float8_inverse_1)  # backward
+convert_element_type_3 = prims.convert_element_type(mul_1, bfloat16)  # backward
 permute = aten.permute(tangents_1, [1, 0])  # backward
 mm = aten.mm(permute, primals_3)  # backward
 permute_1 = aten.permute(mm, [1, 0])  # backward
@@ -471,6 +504,56 @@ def test_what_several_read_is_rounded_once() -> None:
     captured = capture(OneInput(), [leaf(2, 4, 16)], {"gate": FLOAT8, "up": FLOAT8})
     counted = [node.target for node in captured.after.graph.nodes].count(sparse.round_float8.default)
     assert counted == 5
+
+
+def test_packed_estimate_graph() -> None:
+    """One kernel draws the estimate and quantizes grad_output; both products of the backward read what it makes."""
+    scheme = sp.WeightSparsity(precision="float8", grad_weight="mvue", backend="cusparselt")
+    x = leaf(2, 64, 64, dtype=torch.bfloat16)
+    captured = capture(nn.Linear(64, 128, bias=False, dtype=torch.bfloat16), [x], {"weight": scheme})
+    assert_expected_inline(
+        printed(captured.after.graph),
+        """\
+float8_scale = sparse_pass.float8_scale(primals_1)
+sparsify_float8 = sparse_pass.sparsify_float8(primals_1, float8_scale, 'optimal')
+getitem = sparsify_float8[0]
+getitem_1 = sparsify_float8[1]
+float8_scale_1 = sparse_pass.float8_scale(primals_2)
+quantize_float8 = sparse_pass.quantize_float8(primals_2, float8_scale_1)
+view = aten.view(quantize_float8)
+linear = sparse_pass.linear(view, getitem, None, 128)
+float8_inverse = sparse_pass.float8_inverse(float8_scale_1, float8_scale)
+convert_element_type = prims.convert_element_type(linear, float32)
+mul = aten.mul(convert_element_type, float8_inverse)
+convert_element_type_1 = prims.convert_element_type(mul, bfloat16)
+view_1 = aten.view(convert_element_type_1)
+float8_scale_2 = sparse_pass.float8_scale(tangents_1)  # backward
+view_2 = aten.view(tangents_1)  # backward
+randint = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # backward
+sparsify_mvue_float8 = sparse_pass.sparsify_mvue_float8(view_2, randint, float8_scale_2)  # backward
+getitem_2 = sparsify_mvue_float8[1]  # backward
+reshape = aten.reshape(getitem_2)  # backward
+getitem_3 = sparsify_mvue_float8[0]  # backward
+view_3 = aten.view(quantize_float8)
+permute = aten.permute(view_3, [1, 0])  # backward
+clone = aten.clone(permute, memory_format=torch.contiguous_format)  # backward
+grad_weight_t = sparse_pass.grad_weight_t(getitem_3, clone, 128)  # backward
+mul_1 = aten.mul(float8_scale_2, 0.5)  # backward
+float8_inverse_1 = sparse_pass.float8_inverse(float8_scale_1, mul_1)  # backward
+convert_element_type_2 = prims.convert_element_type(grad_weight_t, float32)  # backward
+mul_2 = aten.mul(convert_element_type_2, float8_inverse_1)  # backward
+convert_element_type_3 = prims.convert_element_type(mul_2, bfloat16)  # backward
+permute_1 = aten.permute(convert_element_type_3, [1, 0])  # backward
+view_4 = aten.view(reshape)  # backward
+linear_1 = sparse_pass.linear(view_4, getitem_1, None, 64)  # backward
+float8_inverse_2 = sparse_pass.float8_inverse(float8_scale_2, float8_scale)  # backward
+convert_element_type_4 = prims.convert_element_type(linear_1, float32)  # backward
+mul_3 = aten.mul(convert_element_type_4, float8_inverse_2)  # backward
+convert_element_type_5 = prims.convert_element_type(mul_3, bfloat16)  # backward
+view_5 = aten.view(convert_element_type_5)  # backward
+permute_2 = aten.permute(permute_1, [1, 0])  # backward
+return view_1, permute_2, view_5""",
+    )
 
 
 # What is declined

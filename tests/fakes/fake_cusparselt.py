@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_pass.kernels import backends, cusparselt, cusparselt_library
+from sparse_pass.kernels import backends, compressor, cusparselt, cusparselt_library, memory
 from sparse_pass.ops import cuda
 from sparse_pass.ops.reference import weights as reference
-from sparse_pass.vocabulary import packed_numel
+from sparse_pass.vocabulary import Layout, packed_numel
 
 ROW = 2
 TRANSPOSE = 1
@@ -52,6 +52,10 @@ class FakeCusparselt:
         self.launched: list[int] = []
         """Ids of the algorithms, in order."""
         self.workspace_bytes = 64
+        self.layout: Layout = "sm90"
+        """Of packed matrices on this device."""
+        self.excess_bytes = 0
+        """What the library wants beyond the size of `packed_numel`."""
         self.calls: Counter[str] = Counter()
         self.alive: dict[int, SimpleNamespace] = {}
         """What was built and not destroyed, by address."""
@@ -88,6 +92,33 @@ class FakeCusparselt:
             rows=rows, cols=cols, leading=leading, order=order, sparse=sparse, dtype=DTYPES[kind]
         )
         return SUCCESS
+
+    def SpMMACompressedSize2(self, handle: int, address: int, size: int, buffer_size: int) -> int:
+        matrix = self.alive[address]
+        packed = packed_numel(matrix.rows, matrix.cols) * matrix.dtype.itemsize
+        ctypes.c_size_t.from_address(size).value = packed + self.excess_bytes
+        ctypes.c_size_t.from_address(buffer_size).value = self.workspace_bytes
+        return SUCCESS
+
+    def SpMMACompress2(
+        self, handle: int, address: int, is_a: int, op: int, dense: int, packed: int, buffer: int | None, stream: int
+    ) -> int:
+        matrix = self.alive[address]
+        assert (buffer is not None) == (self.workspace_bytes > 0)
+        assert (is_a, op, matrix.sparse) == (1, 0, True)
+        assert dense % 16 == packed % 16 == 0
+        masked = _memory(dense, matrix.rows * matrix.cols, matrix.dtype).view(matrix.rows, matrix.cols)
+        assert (masked.unflatten(1, (-1, 4)).count_nonzero(-1) <= 2).all()
+        kept = masked != 0
+        _memory(packed, packed_numel(matrix.rows, matrix.cols), matrix.dtype).copy_(self._packed(masked, kept))
+        return SUCCESS
+
+    def _packed(self, masked: Tensor, kept: Tensor) -> Tensor:
+        return reference.pack(masked, kept, self.layout_of(len(masked)))
+
+    def layout_of(self, rows: int) -> Layout:
+        """Of a packed matrix with so many rows: what SM8x makes of half a tile is its own affair."""
+        return "cutlass" if self.layout == "sm80" and rows % 128 else self.layout
 
     def MatmulDescriptorInit(
         self, handle: int, address: int, op_a: int, op_b: int, a: int, b: int, c: int, d: int, compute: int
@@ -133,7 +164,7 @@ class FakeCusparselt:
         assert (workspace is not None) == (self.workspace_bytes > 0)
         product, algorithm = self.alive[plan].product, self.alive[plan].algorithm
         self.launched.append(algorithm)
-        left, right, output = (_at(address, one) for address, one in zip((a, b, d), product.matrices, strict=True))
+        left, right, output = (self._at(address, one) for address, one in zip((a, b, d), product.matrices, strict=True))
         left, right = (
             one.T if op == TRANSPOSE else one for one, op in zip((left, right), product.ops, strict=True)
         )  # fmt: skip
@@ -144,6 +175,15 @@ class FakeCusparselt:
         if self.unsteady:
             output.view(torch.int16).bitwise_xor_(len(self.launched) & 1)
         return SUCCESS
+
+    def _at(self, address: int, matrix: SimpleNamespace) -> Tensor:
+        rows, cols = matrix.rows, matrix.cols
+        if matrix.sparse:
+            packed = _memory(address, packed_numel(rows, cols), matrix.dtype)
+            return reference.unpack(packed, rows, cols, self.layout_of(rows))
+        whole = _memory(address, rows * cols, matrix.dtype)
+        assert matrix.leading == (cols if matrix.order == ROW else rows)
+        return whole.view(rows, cols) if matrix.order == ROW else whole.view(cols, rows).T
 
     def _destroy(self, address: int) -> int:
         del self.alive[address]
@@ -156,15 +196,6 @@ def _memory(address: int, count: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype=dtype)
 
 
-def _at(address: int, matrix: SimpleNamespace) -> Tensor:
-    rows, cols = matrix.rows, matrix.cols
-    if matrix.sparse:
-        return reference.unpack(_memory(address, packed_numel(rows, cols), matrix.dtype), rows, cols)
-    whole = _memory(address, rows * cols, matrix.dtype)
-    assert matrix.leading == (cols if matrix.order == ROW else rows)
-    return whole.view(rows, cols) if matrix.order == ROW else whole.view(cols, rows).T
-
-
 def install(monkeypatch: pytest.MonkeyPatch, library: FakeCusparselt) -> None:
     """Let the binding find ``library``, and CPU tensors pass for those of a device with the SM90 layout."""
 
@@ -174,11 +205,14 @@ def install(monkeypatch: pytest.MonkeyPatch, library: FakeCusparselt) -> None:
     cusparselt_library._library.cache_clear()
     cusparselt._handle.cache_clear()
     monkeypatch.setattr(cusparselt_library, "_load", lambda: library)
-    monkeypatch.setattr(cusparselt, "_empty_strided_cuda", empty)
+    for module in (cusparselt, compressor, memory):
+        monkeypatch.setattr(module, "_empty_strided_cuda", empty)
     monkeypatch.setattr(cusparselt, "_PLANS", {})
+    monkeypatch.setattr(compressor, "_COMPRESSORS", {})
     monkeypatch.setattr(cuda, "backend_of", lambda device, dtype: backends.SM90)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor says
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")

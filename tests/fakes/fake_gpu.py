@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_pass import kernels
 from sparse_pass.kernels import cusparselt
+from sparse_pass.ops import definitions
+from sparse_pass.ops.reference import float8 as reference_float8
 from sparse_pass.ops.reference import gradients as reference_gradients
 from sparse_pass.ops.reference import inputs as reference_inputs
 from sparse_pass.ops.reference import weights as reference
@@ -29,8 +31,11 @@ KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
         "sparsify_one": reference.sparsify_one,
         "sparsify_input": reference_inputs.sparsify_input,
     },
+    "sparsify_float8": {"sparsify_float8": reference_float8.sparsify},
+    "mvue_float8": {"sparsify_mvue_float8": reference_float8.sparsify_mvue},
     "mvue": {
         "mvue24": reference_gradients.mvue24,
+        "mvue24_sum": lambda grad, seed: (reference_gradients.mvue24(grad, seed), reference_gradients.sums(grad)),
         "sparsify_mvue": reference_gradients.sparsify_mvue,
         "sparsify_mvue_sum": reference_gradients.sparsify_mvue_sum,
     },
@@ -57,7 +62,11 @@ def install_kernels(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         vars(fake).update({name: on_the_device(name, function) for name, function in functions.items()})
         monkeypatch.setattr(kernels, module, fake, raising=False)
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    for name, function in (("_cslt_compress", _compress), ("_cslt_sparse_mm", _sparse_mm)):
+    for name in PACKERS:  # made of the kernels when they are imported, which may have been others
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name, raising=False)
+    for name, function in TORCH.items():
         monkeypatch.setattr(torch, name, on_the_device(name, function), raising=False)
     return called
 
@@ -77,6 +86,27 @@ def _sparse_mm(
     product = reference.unpack(packed.reshape(-1), packed.shape[0], dense.shape[0]).double() @ dense.double()
     product = (product if bias is None else product + bias.double()[:, None]).to(dense.dtype)
     return product.T.contiguous() if transpose_result else product
+
+
+def _cutlass_addmm(bias: Tensor | None, values: Tensor, metadata: Tensor, dense: Tensor) -> Tensor:
+    if torch.cuda.get_device_capability(0)[0] != 8:
+        raise RuntimeError("sparse_semi_structured_mad_op : Supported only on GPUs with compute capability 8.x")
+    assert 1 in dense.stride()
+    assert dense.shape[1] % 8 == 0
+    assert all(one is None or one.data_ptr() % 16 == 0 for one in (values, metadata, dense, bias))
+    rows, cols = len(values), 2 * values.shape[1]
+    packed = torch.cat([values.flatten(), metadata.flatten().view(values.dtype)])
+    product = reference.unpack(packed, rows, cols, "cutlass").double() @ dense.double()
+    return (product if bias is None else product + bias.double()[:, None]).to(dense.dtype)
+
+
+TORCH: dict[str, Callable[..., Any]] = {
+    "_cslt_compress": _compress,
+    "_cslt_sparse_mm": _sparse_mm,
+    "_sparse_semi_structured_mm": lambda values, metadata, dense: _cutlass_addmm(None, values, metadata, dense),
+    "_sparse_semi_structured_addmm": _cutlass_addmm,
+}
+PACKERS = [f"sparse_pass.kernels.{name}" for name in ("compiled", "sm80", "cutlass", "library_packed")]
 
 
 class Devices:
@@ -117,6 +147,18 @@ def cuda_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "Generator", lambda device: generator())
     with CudaIsTheCpu():
         yield
+
+
+@contextmanager
+def device_operators() -> Iterator[None]:
+    """The operators do with tensors of the CPU what they would do with those of the device."""
+    here = torch.library.Library("sparse_pass", "IMPL")
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("sparse_pass::"):
+            op = name.partition("::")[2]
+            here.impl(op, getattr(definitions, op.upper()).cuda, "CPU", allow_override=True)
+    yield
+    here._destroy()
 
 
 class Clock:

@@ -207,7 +207,7 @@ def test_nothing_reads_the_old_memory_of_the_output(form, dtype):
     expected = kept @ (dense.double().T if PRODUCTS[form].b_transposed else dense.double())
     expected = expected.T if PRODUCTS[form].d_transposed else expected
     default = Plan(problem, 0, None)
-    for algorithm in algorithms(version(), dtype, form):
+    for algorithm in algorithms(version(), dtype, form, torch.cuda.get_device_capability()):
         if algorithm >= default.algorithms:
             continue
         try:

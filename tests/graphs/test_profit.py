@@ -114,7 +114,8 @@ class Asked:
         self.gemms.append((problem.form, problem.m, problem.n, problem.k, problem.bias))
         return self.gemm
 
-    def _preparation(self, *what: Any) -> Timing:
+    def _preparation(self, packers: measure.Packers, *what: Any) -> Timing:
+        assert packers == (self.backend.name, self.backend.packer)
         self.operands.append(what)
         return Timing(0, 3.0, 1.0)
 
@@ -154,7 +155,7 @@ def test_gemms_of_a_weight(asked: Asked) -> None:
     (site,) = asked.sites(sp.WeightSparsity(mask="greedy")).sites
     assert (site.status, site.reason, site.output, site.grad_input) == ("sparse", "", "cusparselt", "cusparselt")
     assert asked.gemms == [("linear", 16, 128, 64, True), ("linear", 16, 64, 128, False)]
-    assert asked.operands == [("S(W)", 0, (128, 64), BF16, BF16, "greedy")]
+    assert asked.operands == [("S(W)", 0, (128, 64), (BF16, BF16), "greedy")]
     assert asked.tuned == {"linear": True}
 
 
@@ -163,7 +164,7 @@ def test_gemms_of_a_gradient(asked: Asked) -> None:
     (site,) = asked.sites(sp.WeightSparsity(grad_weight="mvue")).sites
     assert (site.reason, site.grad_weight) == ("", "cusparselt")
     assert asked.gemms[2:] == [("grad_weight", 64, 128, 64, False)]
-    assert asked.operands[1:] == [("MVUE(dY)", 0, (13, 128), BF16, BF16, "")]
+    assert asked.operands[1:] == [("MVUE(dY)", 0, (13, 128), (BF16, BF16), "")]
     assert asked.tuned == {"linear": True, "grad_weight": True}
 
 
@@ -173,8 +174,8 @@ def test_gemms_of_gradients_alone(asked: Asked) -> None:
     assert (site.reason, site.output, site.grad_input, site.grad_weight) == ("", "dense", "cusparselt", "cusparselt")
     assert asked.gemms == [("grad_input", 64, 64, 128, False), ("grad_weight", 64, 128, 64, False)]
     assert asked.operands == [
-        ("MVUE(dY^T)", 0, (13, 128), BF16, BF16, ""),
-        ("MVUE(dY)", 0, (13, 128), BF16, BF16, ""),
+        ("MVUE(dY^T)", 0, (13, 128), (BF16, BF16), ""),
+        ("MVUE(dY)", 0, (13, 128), (BF16, BF16), ""),
     ]
     assert asked.tuned == {"grad_weight": True, "grad_input": True}
     asked.gemm = Timing(0, 9.0, 10.0)  # faster by less than packing costs
@@ -189,7 +190,7 @@ def test_gemms_of_an_input(asked: Asked) -> None:
     (site,) = asked.sites(sp.ActivationSparsity()).sites
     assert (site.reason, site.output, site.grad_weight) == ("", "cusparselt", "cusparselt")
     assert asked.gemms == [("input", 128, 64, 64, False), ("input_grad_weight", 128, 64, 64, False)]
-    assert asked.operands == [("S(X)", 0, (13, 64), BF16, BF16, "optimal")]
+    assert asked.operands == [("S(X)", 0, (13, 64), (BF16, BF16), "optimal")]
     assert asked.tuned == {"input_linear": True, "input_grad_weight": True}
 
 

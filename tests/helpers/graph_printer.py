@@ -26,7 +26,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import Graph, GraphModule, Node
 
 from sparse_pass.capture import copy_graph, report_graph
-from sparse_pass.captured import graph_names
+from sparse_pass.captured import captured as look
 from sparse_pass.fqn import parse_config
 from sparse_pass.one_graph import rewrite_graph
 from sparse_pass.plan.costs import Costs, Preparation, Product, Times
@@ -136,7 +136,7 @@ def capture_all(
         def rewrite_copy(graph: Graph) -> None:
             before, after = (_copied(graph) for _ in range(2))
             facts = graph_facts(after)
-            names = graph_names(graph_module, root)
+            names = look(graph_module, root).names
             report = rewrite_graph(after.graph, parse_config(config), names, limits=limits, costs=costs)
             captured.append(Captured(before, after, facts, report))
 
@@ -181,7 +181,7 @@ def trains_as(
 
     def backend(graph_module: GraphModule, inputs: Sequence[Any]) -> Any:
         def partitioned(joint: GraphModule, *args: Any, **kwargs: Any) -> Any:
-            names, patterns = graph_names(graph_module, model), parse_config(config)
+            names, patterns = look(graph_module, model).names, parse_config(config)
             reports.append(rewrite_graph(joint.graph, patterns, names, limits=device(limits), costs=costs))
             joint.recompile()
             return default_partition(joint, *args, **kwargs)

@@ -496,13 +496,15 @@ def assert_unbiased(draws: Tensor, grad: Tensor) -> None:
 
 
 def bits(values: Tensor) -> Tensor:
-    """16-bit values as integers, all NaN alike: a conversion may choose their payload."""
+    """Values as integers, all NaN alike: a conversion may choose their payload."""
+    if values.dtype.itemsize == 1:
+        return values.view(torch.uint8)
     return torch.where(values.isnan(), 0x7FFF, values.view(torch.int16))
 
 
 def split_packed(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Values, and bytes of metadata."""
-    half = packed.numel() // 9 * 8
+    half = packed.numel() // 5 * 4 if packed.dtype.itemsize == 1 else packed.numel() // 9 * 8
     return packed[:half], packed[half:].view(torch.uint8)
 
 

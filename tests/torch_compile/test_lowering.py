@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +22,6 @@ from torch._inductor.utils import run_and_get_code
 from torch._inductor.virtualized import V
 
 import sparse_pass as sp
-from sparse_pass import kernels
 from sparse_pass.kernels import backends
 from sparse_pass.ops import lowering
 
@@ -31,14 +29,13 @@ KERNELS = sp.WeightSparsity(backend="cusparselt")
 MVUE = replace(KERNELS, grad_weight="mvue")
 ACT = sp.ActivationSparsity(backend="cusparselt")
 BFLOAT16 = 2e-2
-KERNELS_MODULE = "sparse_pass.kernels.compiled"
 
 
 class Mlp(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dim: int = 64) -> None:
         super().__init__()
-        self.up = nn.Linear(64, 128, bias=False)
-        self.down = nn.Linear(128, 64)
+        self.up = nn.Linear(dim, 128, bias=False)
+        self.down = nn.Linear(128, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.sin(self.up(x)))
@@ -206,23 +203,27 @@ def test_rows_of_inputs_and_gradients_known_to_be_a_multiple(model: nn.Module) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the library itself is there")
-@pytest.mark.parametrize("rows", [64, 72], ids=["whole tiles", "padded"])
+@pytest.mark.parametrize(
+    ("backend", "rows"),
+    [(backends.SM90, 64), (backends.SM90, 72), (backends.SM80, 128), (backends.SM80, 72), (backends.LIBRARY, 72)],
+    ids=lambda one: getattr(one, "name", one),
+)
 def test_compiled_code_multiplies_by_the_binding(
-    model: nn.Module, library: FakeCusparselt, tuning_folder: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+    library: FakeCusparselt, tuning_folder: Path, monkeypatch: pytest.MonkeyPatch, backend: backends.Backend, rows: int
 ) -> None:
     """As on a GPU, with a library and kernels that are faked: what the code calls takes what it is given."""
     made = install_kernels(monkeypatch)
-    monkeypatch.delitem(sys.modules, KERNELS_MODULE, raising=False)
-    monkeypatch.setattr(lowering, "_REFERENCES", KERNELS_MODULE)
-    direct = rf"{KERNELS_MODULE}.(\w+)\(".replace(".", r"\.")
-    try:
-        found, by_op = calls(model, leaf(rows, 64), INPUT_AND_GRADIENT, called=direct)
-    finally:
-        sys.modules.pop(KERNELS_MODULE, None)  # it holds the fakes
-        vars(kernels).pop("compiled", None)
+    monkeypatch.setattr(lowering, "_REFERENCES", backend.compiled)
+    library.layout = "sm80" if backend is backends.SM80 else "sm90"
+    model = Mlp(128 if backend is backends.SM80 else 64).bfloat16()
+    direct = rf"{backend.compiled}.(\w+)\(".replace(".", r"\.")
+    found, by_op = calls(model, leaf(rows, model.up.in_features), INPUT_AND_GRADIENT, called=direct)
     assert by_op == {}
     assert found.keys() == {*INPUT_CALLS, *GRADIENT_CALLS, "sparsify_mvue_sum"}
-    assert made == {"sparsify_input": 1, "sparsify": 1, "sparsify_mvue_sum": 1}
+    by_library = backend is backends.LIBRARY
+    sums = "mvue24_sum" if by_library else "sparsify_mvue_sum"
+    assert made == {"sparsify_input": 1, "sparsify": 1, sums: 1}
+    assert library.calls["SpMMACompress2"] == (5 if by_library else 0)
     assert library.calls["Matmul"] == 5
 
 
@@ -231,9 +232,11 @@ def test_code_for_a_gpu() -> None:
     graph = SimpleNamespace(cpp_wrapper=False)
     cuda, dtype = torch.device("cuda", 0), torch.bfloat16
     with V.set_graph_handler(graph), mock.patch.object(lowering.cuda, "backend_of") as backend_of:
-        for backend, expected in ((backends.SM90, f"{KERNELS_MODULE}.linear_into"), (backends.COMPRESS, None)):
+        for backend in backends.BACKENDS:
             backend_of.return_value = backend
-            assert lowering._kernel("linear_into", cuda, dtype) == expected
+            found = lowering._kernel("linear_into", cuda, dtype)
+            assert found == (backend.compiled and f"{backend.compiled}.linear_into")
+        assert {one.name for one in backends.BACKENDS if one.compiled} == {"sm90", "sm80", "library"}
         assert lowering._kernel("linear_into", torch.device("xpu"), dtype) is None
         assert lowering._kernel("linear_into", torch.device("cpu"), dtype) == f"{lowering._REFERENCES}.linear_into"
         graph.cpp_wrapper = True

@@ -12,7 +12,7 @@ from support import assert_same_packed, bits, split_packed
 from torch import Tensor
 
 from sparse_pass import vocabulary
-from sparse_pass.kernels import memory, mvue, sparsify, sparsify_float8
+from sparse_pass.kernels import memory, mvue, mvue_float8, sparsify, sparsify_float8
 from sparse_pass.ops.reference import float8
 from sparse_pass.ops.reference import gradients as reference_gradients
 from sparse_pass.ops.reference import inputs as reference_inputs
@@ -98,6 +98,15 @@ def check_gradients() -> None:
         assert_same_packed(mvue.sparsify_mvue(odd, seed), reference_gradients.sparsify_mvue(odd, seed), "odd")
 
 
+def check_float8_gradients() -> None:
+    for grad in (gradient(128, 64), gradient(70, 52), gradient(128, 70).T[:, :68]):
+        grad = torch.where(grad.isfinite(), grad, 1)
+        seed, scale = torch.tensor([5]), float8.scale(grad)
+        actual = mvue_float8.sparsify_mvue_float8(grad, seed, scale)
+        for one, other in zip(actual, float8.sparsify_mvue(grad, seed, scale), strict=True):
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), grad.shape
+
+
 def check_bfloat16_gradients() -> None:
     """What is kept. Draws are made in float32."""
     grad, seed = gradient(70, 64).bfloat16(), torch.tensor([5])
@@ -136,15 +145,34 @@ def check_inputs() -> None:
     check_input(torch.randn(64, 70).half().T, None, "optimal", "none")
 
 
+def check_layouts() -> None:
+    """Of several tiles in both directions; what the layouts share with the first one is tried above."""
+    x, seed = torch.randn(200, 128).half(), torch.tensor([9])
+    for layout in ("sm80", "cutlass", "dense"):
+        both = (one.sparsify_input(x, None, "optimal", "relu", layout) for one in (sparsify, reference_inputs))
+        pairs = list(zip(*both, strict=True))
+        if layout != "dense":
+            pairs.append((mvue.sparsify_mvue(x, seed, layout), reference_gradients.sparsify_mvue(x, seed, layout)))
+        for actual, expected in pairs:
+            assert torch.equal(actual.view(torch.int16), expected.view(torch.int16)), layout
+    estimate, sums = mvue.mvue24_sum(x[:70], seed)
+    assert_same(estimate, reference_gradients.mvue24(x[:70], seed), "dense")
+    torch.testing.assert_close(sums, reference_gradients.sums(x[:70]))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     with (
+        mock.patch.object(sparsify, "_empty_strided_cuda", on_the_cpu),
         mock.patch.object(memory, "_empty_strided_cuda", on_the_cpu),
         mock.patch.object(mvue, "_empty_strided_cuda", on_the_cpu),
+        mock.patch.object(mvue_float8, "_empty_strided_cuda", on_the_cpu),
     ):
         check_weights()
         check_float8()
         check_gradients()
+        check_float8_gradients()
         check_bfloat16_gradients()
         check_inputs()
+        check_layouts()
     print("equal")

@@ -278,7 +278,13 @@ def test_no_kernel_works(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ("capability", "hip", "capturing", "dtype", "reason"),
     [
         ((9, 0), "7.0", False, torch.bfloat16, "no 2:4 kernels for ROCm"),
-        ((9, 0), None, False, torch.float32, "no 2:4 kernels for torch.float32; float16 and bfloat16 have them"),
+        (
+            (9, 0),
+            None,
+            False,
+            torch.float32,
+            "no 2:4 kernels for torch.float32, only for float16, bfloat16 and float8_e4m3fn",
+        ),
         ((7, 5), None, False, torch.float16, "SM 7.5 has no 2:4 tensor cores; they begin with SM 8.0"),
         ((9, 0), None, True, torch.float16, "must be tried before a CUDA graph capture: run the model once first"),
     ],

@@ -15,7 +15,7 @@ from fake_gpu import Clock, cuda_is_the_cpu, install_kernels
 from support import TOLERANCE, relative_error
 from torch import Tensor
 
-from sparse_pass.kernels import backends, cusparselt, cusparselt_library, measure, probe, timings, tuner
+from sparse_pass.kernels import backends, cusparselt, cusparselt_library, measure, probe, progress, timings, tuner
 from sparse_pass.kernels.problem import Problem
 from sparse_pass.kernels.timings import Timing
 from sparse_pass.ops.reference import weights as reference
@@ -53,15 +53,6 @@ def test_kernels_that_work(called: Called, library: FakeCusparselt, dtype: torch
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_wrong_kernels_give_way_to_those_of_torch(called: Called, monkeypatch: pytest.MonkeyPatch) -> None:
-    def swapped(weight: Tensor, mask: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return reference.sparsify(weight.roll(1, 1), mask, dtype)
-
-    monkeypatch.setattr("sparse_pass.kernels.sparsify.sparsify", swapped)
-    assert probe.backend(torch.device("cuda"), BFLOAT16) is backends.COMPRESS
-    assert called == {"_cslt_compress": 6, "_cslt_sparse_mm": 6}
-
-
 def test_library_that_keeps_the_bias_of_the_plan(
     called: Called, library: FakeCusparselt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +70,7 @@ def test_results_that_are_no_numbers(called: Called, monkeypatch: pytest.MonkeyP
     def wrong(form: Form, input: Tensor, packed: Tensor, n: int, *_: object) -> Tensor:
         return input.new_full((len(input), n), torch.nan)
 
-    broken = tuple(replace(one, multiply=wrong) for one in backends.BACKENDS)
+    broken = tuple(replace(one, multiply=wrong) for one in (backends.SM90, backends.COMPRESS))
     monkeypatch.setattr(backends, "BACKENDS", broken)
     reason = probe.availability(torch.device("cuda"), BFLOAT16)
     assert "sm90: wrong results, relative error inf; compress: wrong results, relative error inf" in reason
@@ -130,7 +121,7 @@ def times(called: Called, library: FakeCusparselt, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_fastest_wins(times: dict[int | str, float], form: Form) -> None:
-    last = measure.algorithms((0, 8, 0), BFLOAT16, form)[-1]
+    last = measure.algorithms((0, 8, 0), BFLOAT16, form, (9, 0))[-1]
     times[last] = 10.0
     assert measure.timing_of(problem(form), measure=True) == Timing(last, 10.0, 25.0)
 
@@ -145,6 +136,7 @@ def test_what_was_measured_is_known(
     times: dict[int | str, float], library: FakeCusparselt, caplog: pytest.LogCaptureFixture, tuning_folder: Path
 ) -> None:
     """To the next process too; the log says once that something is measured."""
+    progress._tell_once.cache_clear()
     assert measure.timing_of(problem(), measure=False) is None
     assert not library.launched
     times[20] = 10.0
@@ -153,7 +145,7 @@ def test_what_was_measured_is_known(
     timings._KNOWN.clear()
     assert measure.timing_of(problem(), measure=True) == measure.timing_of(problem(), measure=False) == first
     assert library.calls["Matmul"] == launches
-    assert caplog.text.count("sparse_pass measures the 2:4 kernels for linear: 2:4 [64, 128] x [128, 64]") == 1
+    assert caplog.text.count("sparse_pass measures its kernels") == 1
     files = [one.name for one in tuning_folder.glob("*.json")]
     assert files == [f"Fake_GPU_1_-cusparselt0.8.0-torch{torch.__version__}.json"]
 
@@ -212,7 +204,7 @@ def test_results_that_change_from_launch_to_launch(
     library.unsteady = True
     times[4] = 1.0
     assert measure.timing_of(problem(), measure=True) == Timing(0, 50.0, 25.0)
-    assert caplog.text.count("disagrees") == len(measure.algorithms((0, 8, 0), BFLOAT16, "linear"))
+    assert caplog.text.count("disagrees") == len(measure.algorithms((0, 8, 0), BFLOAT16, "linear", (9, 0)))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +224,8 @@ def test_what_an_operand_costs(
     rows = 64 if operand == "S(W)" else 70
 
     def cost() -> Timing:
-        return measure.preparation_of(operand, -1, (rows, 64), BFLOAT16, BFLOAT16, mask)
+        packers = measure.Packers("sm90", backends.SM90.packer)
+        return measure.preparation_of(packers, operand, -1, (rows, 64), (BFLOAT16, BFLOAT16), mask)
 
     assert cost() == Timing(0, 3.0, 7.0)
     called.clear()

@@ -8,9 +8,11 @@ import torch
 import sparse_pass.one_graph  # noqa: F401  (registers the operators)
 
 SCHEMAS = {
+    "float8_inverse": "(Tensor scale, Tensor other) -> Tensor",
     "float8_scale": "(Tensor tensor, float factor=1.) -> Tensor",
     "grad_input": "(Tensor packed, Tensor weight, SymInt rows, *, bool tuned=False) -> Tensor",
     "grad_weight": "(Tensor packed, Tensor input, SymInt out_features, *, bool tuned=False) -> Tensor",
+    "grad_weight_t": "(Tensor packed, Tensor input_t, SymInt out_features, *, bool tuned=False) -> Tensor",
     "input_grad_weight": "(Tensor packed_t, Tensor grad_output, SymInt in_features, *, bool tuned=False) -> Tensor",
     "input_linear": "(Tensor packed, Tensor weight, SymInt rows, *, bool tuned=False) -> Tensor",
     "input_mask24": "(Tensor input, str mask) -> Tensor",
@@ -23,6 +25,7 @@ SCHEMAS = {
     "sparsify_float8": "(Tensor weight, Tensor scale, str mask, float factor=1.) -> (Tensor, Tensor)",
     "sparsify_input": "(Tensor input, Tensor? gate, str mask, str activation) -> (Tensor, Tensor)",
     "sparsify_mvue": "(Tensor grad, Tensor seed) -> Tensor",
+    "sparsify_mvue_float8": "(Tensor grad, Tensor seed, Tensor scale) -> (Tensor, Tensor)",
     "sparsify_mvue_sum": "(Tensor grad, Tensor seed) -> (Tensor, Tensor)",
     "sparsify_one": "(Tensor weight, str mask, bool transposed, *, ScalarType? dtype=None, float scale=1.) -> Tensor",
 }

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...vocabulary import FORMS, PRODUCTS, Form
+from .float8 import sparsify as sparsify_float8
+from .float8 import sparsify_mvue as sparsify_mvue_float8
 from .gradients import sparsify_mvue, sparsify_mvue_sum
 from .inputs import sparsify_input
 from .products import product
@@ -15,12 +17,15 @@ from .weights import sparsify, sparsify_one
 __all__ = [
     "grad_input_into",
     "grad_weight_into",
+    "grad_weight_t_into",
     "input_grad_weight_into",
     "input_linear_into",
     "linear_into",
     "sparsify",
+    "sparsify_float8",
     "sparsify_input",
     "sparsify_mvue",
+    "sparsify_mvue_float8",
     "sparsify_mvue_sum",
     "sparsify_one",
 ]
@@ -35,4 +40,11 @@ def _into(form: Form) -> Callable[..., None]:
     return multiply
 
 
-linear_into, grad_weight_into, input_linear_into, input_grad_weight_into, grad_input_into = map(_into, FORMS)
+(
+    linear_into,
+    grad_weight_into,
+    grad_weight_t_into,
+    input_linear_into,
+    input_grad_weight_into,
+    grad_input_into,
+) = map(_into, FORMS)

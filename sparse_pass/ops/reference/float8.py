@@ -11,26 +11,31 @@ import torch
 from torch import Tensor
 
 from ...vocabulary import FLOAT8 as E4M3
-from . import weights
+from . import gradients, weights
 
 LARGEST = 448.0
 """The largest number of e4m3."""
-_SMALLEST = 1e-12
+SMALLEST = 1e-12
 """A largest magnitude below this counts as this: the scale of zeros is a number, too. As torchao's."""
-_EXPONENT = 0x7F800000
+EXPONENT = 0x7F800000
 """The exponent bits of a float32: with no others set it is a power of two."""
 
 
 def scale(tensor: Tensor, factor: float = 1.0) -> Tensor:
     """The largest power of two s with max |factor T| * s <= 448: float32, no dims.
 
-    tensor: floating point, not empty. The product by ``factor`` is rounded to the dtype of T. NaN if it holds an
+    tensor: floating point, not empty. NaN if it holds an
     infinity or a NaN: then all that is multiplied by it is NaN, as a loss scaler wants.
     """
-    largest = (tensor.detach().abs().amax() * factor).to(torch.float32)
-    quotient = LARGEST / largest.clamp(min=_SMALLEST)
-    power = (quotient.view(torch.int32) & _EXPONENT).view(torch.float32)
+    largest = tensor.detach().abs().amax().to(torch.float32) * factor
+    quotient = LARGEST / largest.clamp(min=SMALLEST)
+    power = (quotient.view(torch.int32) & EXPONENT).view(torch.float32)
     return torch.where(largest < float("inf"), power, float("nan"))
+
+
+def inverse(scale: Tensor, other: Tensor) -> Tensor:
+    """What a product of two quantized tensors is multiplied by: 1 / (s s'), a power of two, float32, no dims."""
+    return (scale * other).reciprocal()
 
 
 def quantize(tensor: Tensor, scale: Tensor) -> Tensor:
@@ -45,6 +50,16 @@ def sparsify(weight: Tensor, scale: Tensor, mask: str, factor: float = 1.0) -> t
     kept = weights.mask24(weight, mask)
     values = quantize(weight if factor == 1 else weight.detach() * factor, scale)
     return weights.pack(values, kept), weights.pack(values.view(torch.uint8).T.contiguous().view(E4M3), kept.T)
+
+
+def sparsify_mvue(grad: Tensor, seed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """q(MVUE(grad))^T packed, as `gradients.sparsify_mvue`, whose values are rounded to the dtype of grad before; and
+    q(grad), contiguous.
+
+    scale: of grad. MVUE is at most twice as large as what it estimates: half the scale cuts nothing off.
+    """
+    values, kept = gradients.estimate(grad, seed)
+    return weights.pack(quantize(values, scale * 0.5), kept), quantize(grad, scale).contiguous()
 
 
 def rounded(tensor: Tensor, scale: Tensor) -> Tensor:

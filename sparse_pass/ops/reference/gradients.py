@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...vocabulary import KERNEL_TILE, padded
+from ...vocabulary import KERNEL_TILE, Layout, padded
 from .weights import pack
 
 _MASK32 = 0xFFFFFFFF
@@ -140,14 +140,19 @@ def mvue24(grad: Tensor, seed: Tensor) -> Tensor:
     return values[:, : grad.shape[0]].T.contiguous()
 
 
-def sparsify_mvue(grad: Tensor, seed: Tensor) -> Tensor:
+def sparsify_mvue(grad: Tensor, seed: Tensor, layout: Layout = "sm90") -> Tensor:
     """The estimate of grad [M, N], transposed and packed: `pack` of [Np, Mp], where Np is N rounded up as M is."""
-    return pack(*_estimate(torch.nn.functional.pad(grad, (0, padded(grad.shape[1]) - grad.shape[1])), seed))
+    return pack(*estimate(grad, seed), layout)
 
 
-def sparsify_mvue_sum(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+def estimate(grad: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """What is packed: the estimate of grad^T, and which of it was kept, [Np, Mp]."""
+    return _estimate(torch.nn.functional.pad(grad, (0, padded(grad.shape[1]) - grad.shape[1])), seed)
+
+
+def sparsify_mvue_sum(grad: Tensor, seed: Tensor, layout: Layout = "sm90") -> tuple[Tensor, Tensor]:
     """The same, and `sums`."""
-    return sparsify_mvue(grad, seed), sums(grad)
+    return sparsify_mvue(grad, seed, layout), sums(grad)
 
 
 def sums(grad: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...vocabulary import MASKS as TILE_MASKS
-from ...vocabulary import padded
+from ...vocabulary import Layout, padded
 from . import weights
 
 MASKS = (*TILE_MASKS, "rowwise")
@@ -61,7 +61,9 @@ def activate(input: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     return ACTIVATIONS[activation](*arguments).to(input.dtype)
 
 
-def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: str) -> tuple[Tensor, Tensor]:
+def sparsify_input(
+    input: Tensor, gate: Tensor | None, mask: str, activation: str, layout: Layout = "sm90"
+) -> tuple[Tensor, Tensor]:
     """S(x) and S(x)^T packed, x [M, K] what the activation gives: `weights.pack` of [Mp, K] and of [K, Mp].
 
     Mp is M rounded up to a multiple of 64, and what is added counts as zeros.
@@ -69,4 +71,4 @@ def sparsify_input(input: Tensor, gate: Tensor | None, mask: str, activation: st
     x = activate(input.detach(), gate, activation)
     x = F.pad(x, (0, 0, 0, padded(x.shape[0]) - x.shape[0]))
     kept = weights.mask24(x, mask) if x.shape[0] else torch.zeros(x.shape, dtype=torch.bool, device=x.device)
-    return weights.pack(x, kept), weights.pack(x.T, kept.T)
+    return weights.pack(x, kept, layout), weights.pack(x.T, kept.T, layout)

@@ -16,7 +16,9 @@ def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | No
     a = unpack(packed, padded(n) if spec.rows == "n" else n, padded(k) if spec.rows == "k" else k)[:n, :k]
     dense = dense.contiguous()
     if dense.dtype == FLOAT8:
-        return F.linear(dense.float(), a.float()).to(FLOAT8_OUTPUT)
+        b = dense.float() if spec.b_transposed else dense.float().T
+        made = F.linear(b, a.float())
+        return (made if spec.d_transposed else made.T.contiguous()).to(FLOAT8_OUTPUT)
     if spec.d_transposed:
         return F.linear(dense if spec.b_transposed else dense.T, a, bias)
     return a @ (dense.T if spec.b_transposed else dense)

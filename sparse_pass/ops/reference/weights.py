@@ -1,4 +1,4 @@
-"""The reference of 2:4 weights, plain torch on any device, and of the packed layout.
+"""The reference of 2:4 weights, plain torch on any device, and of the packed layouts.
 
 Letters: W is a weight [N, K]; a *tile* is 4 rows by 4 columns of it; a *group* is four neighbours of one row.
 The Triton kernels give the same bits as these functions, ties and rounding included.
@@ -7,9 +7,12 @@ The Triton kernels give the same bits as these functions, ties and rounding incl
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
+
+from ...vocabulary import Layout
 
 # The six pairs of columns in lexicographic order, so that pair 5 - e is the complement of pair e, and the three ways
 # to split the four columns into two pairs.
@@ -159,20 +162,20 @@ def _greedy(lines: Tensor) -> Tensor:
     return kept
 
 
-def pack(weight: Tensor, mask: Tensor) -> Tensor:
-    """Compress weight * mask into the SM90 layout of cuSPARSELt.
+def pack(weight: Tensor, mask: Tensor, layout: Layout = "sm90") -> Tensor:
+    """Compress weight * mask into a layout that kernels read, `vocabulary.LAYOUTS`.
 
-    weight: [N, K] of 16 bits or float8, N and K multiples of 64; mask: bool [N, K], at most two in a group of four.
-    Returns 1-D, weight's dtype, `packed_numel` elements: N * K / 2 values, row-major [N, K / 2], each group's two in
-    column order; then N * K / 8 bytes of metadata, a nibble i0 | i1 << 2 (i0 < i1 the kept columns) a group.
+    weight: [N, K] of 16 bits, or float8 in the layout "sm90"; N and K multiples of 64, N of 128 in the layout "sm80";
+    mask: bool [N, K], at most two in a group of four. Returns 1-D, weight's dtype, `packed_numel` elements: N * K / 2
+    values, row-major [N, K / 2], each group's two in column order; then N * K / 8 bytes of metadata, a nibble
+    i0 | i1 << 2 (i0 < i1 the kept columns) a group, in the order of the layout, see `_METADATA`: an even position is
+    the low half of its byte. "dense" is not compressed: N * K values, row-major, zero where the mask is.
 
     A kept zero keeps its index. A group with fewer than two kept takes its lowest free columns, with value 0.
-
-    Within a 64x64 tile of W (512 bytes; tiles in row-major order) the nibble of row r and group g = column / 4 has
-    the ten-bit position g3 r5 r4 r2 r1 r0 g1 g0 g2 r3, of 8-bit types r5 r4 r2 r1 r0 g2 g1 g3 r3 g0; an even position
-    is the low half of its byte. Byte-equal to torch._cslt_compress on an H200 with cuSPARSELt 0.8.0.
     """
     rows, cols = weight.shape
+    if layout == "dense":
+        return weight.detach().masked_fill(~mask, 0).flatten()
     kept = mask.reshape(rows, cols // 4, 4)
     # Stable and descending: kept columns first, then free ones, each in column order; two of them, sorted again.
     index = kept.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :2]
@@ -181,27 +184,48 @@ def pack(weight: Tensor, mask: Tensor) -> Tensor:
     values = bits.masked_fill(~mask, 0).reshape(rows, cols // 4, 4).gather(-1, index)
     codes = (index[..., 0] | index[..., 1] << 2).to(torch.uint8)
 
-    shape, order = _metadata_bits(rows, cols, weight.dtype)
+    shape, order = _metadata_bits(rows, cols, weight.dtype, layout)
     nibbles = codes.view(shape).permute(order).reshape(-1, 2)
     metadata = nibbles[:, 0] | nibbles[:, 1] << 4
     return torch.cat([values.reshape(-1), metadata.view(values.dtype)]).view(weight.dtype)
 
 
-def _metadata_bits(rows: int, cols: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How [rows, cols / 4] nibbles are taken apart, by blocks of 64x64, R and C, and in which order they are stored."""
-    if dtype.itemsize == 1:
-        return (rows // 64, 4, 2, 8, cols // 64, 2, 4, 2), (0, 4, 1, 3, 6, 5, 2, 7)  # R, r54, r3, r210, C, g3, g21, g0
-    return (rows // 64, 4, 2, 8, cols // 64, 2, 2, 4), (0, 4, 5, 1, 3, 7, 6, 2)  # R, r54, r3, r210, C, g3, g2, g10
+# Where the nibble of row r and group g = column / 4 is: the sizes of the parts that r and g are taken apart into, the
+# highest bits first and whatever is above them before; and all parts in the order in which they are stored, counted
+# from those of r, the first being 0.
+#   "sm90": tiles of 64x64 in row-major order, in each g3 r54 r210 g10 g2 r3. Byte-equal to torch._cslt_compress on an
+#       H200 with cuSPARSELt 0.8.0; 8-bit types have r54 r210 g21 g3 r3 g0.
+#   "sm80": tiles of 128x64 in column-major order, in each g3 r65 r210 r4 g2 r3 g10. As torch core writes it for
+#       cuSPARSELt on SM8x, torch._sparse_semi_structured_tile(use_cutlass=False).
+#   "cutlass": tiles of 32x32 in column-major order, in each r210 r4 g2 r3 g10. As torch core writes it for CUTLASS,
+#       use_cutlass=True, and as torch.sparse._semi_structured_conversions defines it.
+_METADATA: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "sm90": ((4, 2, 8), (2, 2, 4), (0, 4, 5, 1, 3, 7, 6, 2)),
+    "sm90, 8 bits": ((4, 2, 8), (2, 4, 2), (0, 4, 1, 3, 6, 5, 2, 7)),
+    "sm80": ((4, 2, 2, 8), (2, 2, 4), (5, 0, 6, 1, 4, 2, 7, 3, 8)),
+    "cutlass": ((2, 2, 8), (2, 4), (4, 0, 3, 1, 5, 2, 6)),
+}
 
 
-def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
+def _metadata_bits(rows: int, cols: int, dtype: torch.dtype, layout: Layout) -> tuple[list[int], tuple[int, ...]]:
+    """How [rows, cols / 4] nibbles are taken apart, and in which order they are stored."""
+    of_rows, of_groups, order = _METADATA[f"{layout}, 8 bits" if dtype.itemsize == 1 else layout]
+    whole, groups = math.prod(of_rows), math.prod(of_groups)
+    if rows % whole or cols // 4 % groups:
+        raise ValueError(f"[{rows}, {cols}] is not made of tiles of {whole}x{4 * groups}, as the layout {layout!r} is")
+    return [rows // whole, *of_rows, cols // 4 // groups, *of_groups], order
+
+
+def unpack(packed: Tensor, rows: int, cols: int, layout: Layout = "sm90") -> Tensor:
     """Inverse of `pack`: the dense [rows, cols] matrix with zeros where nothing was kept."""
+    if layout == "dense":
+        return packed.view(rows, cols)
     half = rows * cols // 2
     bits = packed.view(torch.uint8 if packed.dtype.itemsize == 1 else torch.int16)
     values = bits[:half].view(rows, cols // 4, 2)
     metadata = bits[half:].view(torch.uint8)
     nibbles = torch.stack([metadata & 15, metadata >> 4], dim=-1)
-    shape, order = _metadata_bits(rows, cols, packed.dtype)
+    shape, order = _metadata_bits(rows, cols, packed.dtype, layout)
     stored = nibbles.view([shape[at] for at in order])
     codes = stored.permute([order.index(at) for at in range(len(order))]).reshape(rows, cols // 4)
     index = torch.stack([codes & 3, codes >> 2], dim=-1).long()
@@ -209,17 +233,28 @@ def unpack(packed: Tensor, rows: int, cols: int) -> Tensor:
     return dense.scatter_(-1, index, values).view(rows, cols).view(packed.dtype)
 
 
-def sparsify(weight: Tensor, mask: str, dtype: torch.dtype | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def sparsify(
+    weight: Tensor,
+    mask: str,
+    dtype: torch.dtype | None = None,
+    scale: float = 1.0,
+    layout: Layout = "sm90",
+) -> tuple[Tensor, Tensor]:
     """scale * S(W) and its transpose packed: the mask is chosen on `weight` as stored, in whose dtype the product by
     `scale` is rounded; then the values are rounded to `dtype`."""
     kept = mask24(weight, mask)
     values = weight.detach() if scale == 1 else weight.detach() * scale
     values = values.to(dtype or weight.dtype)
-    return pack(values, kept), pack(values.T, kept.T)
+    return pack(values, kept, layout), pack(values.T, kept.T, layout)
 
 
 def sparsify_one(
-    weight: Tensor, mask: str, transposed: bool, dtype: torch.dtype | None = None, scale: float = 1.0
+    weight: Tensor,
+    mask: str,
+    transposed: bool,
+    dtype: torch.dtype | None = None,
+    scale: float = 1.0,
+    layout: Layout = "sm90",
 ) -> Tensor:
     """One of the two."""
-    return sparsify(weight, mask, dtype, scale)[int(transposed)]
+    return sparsify(weight, mask, dtype, scale, layout)[int(transposed)]

@@ -1,0 +1,1 @@
+"""Predictions for a GPU that is not there, from measurements that the package ships."""
