@@ -37,6 +37,7 @@ def ran(page: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], 
     return namespace, outputs
 
 
+@pytest.mark.loops
 def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     namespace, _ = ran("README.md", capsys)
     # After prune_ the eager model computes what the sparse one computed.
@@ -44,6 +45,7 @@ def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     torch.testing.assert_close(pruned, namespace["y_sparse"])
 
 
+@pytest.mark.loops
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     namespace, outputs = ran("docs/recipes.md", capsys)
     assert namespace["backend"].report.graphs == 3, "dense, sparse, and sparse without gradients"
