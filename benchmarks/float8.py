@@ -31,6 +31,7 @@ SCHEMES = {
     "w24": sp.WeightSparsity(),
     "w24, mvue": sp.WeightSparsity(grad_weight="mvue"),
     "float8 w24": sp.WeightSparsity(precision="float8"),
+    "float8 dense, mvue": sp.GradientSparsity(precision="float8"),
     "float8 w24, mvue": sp.WeightSparsity(precision="float8", grad_weight="mvue"),
 }
 RECIPES = {"torchao float8": "tensorwise", "torchao float8 rowwise": "rowwise"}

@@ -646,8 +646,9 @@ def test_explain() -> None:
 
 def test_every_field_is_part_of_the_key_of_compile_caches() -> None:
     other = {"grad_weight": "dense", "grad_input": "dense", "backend": "masked_dense"}
-    assert set(other) == {field.name for field in fields(sp.GradientSparsity)}
+    assert {*other, "precision"} == {field.name for field in fields(sp.GradientSparsity)}
     schemes = [BOTH, *(replace(BOTH, **{name: value}) for name, value in other.items()), (ACT, BOTH), (BOTH, ACT)]
+    schemes.append(replace(BOTH, grad_input="dense", precision="float8"))
     assert len({sp.SparsePass({"fc": scheme}).uuid() for scheme in schemes}) == len(schemes)
 
 
