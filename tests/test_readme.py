@@ -103,6 +103,32 @@ def test_figures_are_those_of_the_files(page: str, least: int) -> None:
         assert found, f"{what}: {figures} is in none of the files"
 
 
+FLOAT8_ROWS = {
+    "Llama 1B": "Llama 1B",
+    "Llama 8B": "Llama 8B, 6 layers",
+    "ViT-L/16": "ViT-L/16",
+    "MLP 4096, 14336, 16,384": "MLP 16384x4096x14336",
+    "MLP 1024, 4096, 44,160": "MLP 44160x1024x4096",
+    "MLP 1024, 4096, 4,096": "MLP 4096x1024x4096",
+}
+FLOAT8_COLUMNS = ["torchao float8", "torchao float8 rowwise", "w24", "w24, mvue", "float8 w24", "float8 w24, mvue"]
+
+
+def test_the_float8_table_is_that_of_the_files() -> None:
+    measured: dict[tuple[str, str], float] = {}
+    for name in ("float8", "float8_mlp"):  # the second one has newer figures of MLPs
+        with (ROOT / "benchmarks" / "results" / "h100" / f"{name}.csv").open() as file:
+            measured |= {(row["model"], row["variant"]): float(row["over dense"]) for row in csv.DictReader(file)}
+    page = (ROOT / "docs" / "float8.md").read_text()
+    rows = re.findall(r"^\| ((?:Llama|MLP|ViT).+?) \|((?: \**[\d.]+\** \|){6})$", page, re.MULTILINE)
+    assert len(rows) == len(FLOAT8_ROWS)
+    for what, cells in rows:
+        (model,) = (full for start, full in FLOAT8_ROWS.items() if what.startswith(start))
+        figures = [float(cell) for cell in re.findall(r"[\d.]+", cells)]
+        for column, figure in zip(FLOAT8_COLUMNS, figures, strict=True):
+            assert abs(measured[model, column] - figure) < 0.0051, (what, column)
+
+
 def _milliseconds(head: str, cell: str) -> float:
     try:
         return float(cell) / (1000 if head.split()[-1] == "us" else 1)
