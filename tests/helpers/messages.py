@@ -15,11 +15,11 @@ _HELP = {"help", "description", "caption", "title"}
 
 
 def sentences(package: Path) -> dict[str, str]:
-    """The texts of at least four words, and the file that each is in, relative to the package."""
+    """The texts of at least three words, and the file that each is in, relative to the package."""
     found = {}
     for file in sorted(package.rglob("*.py")):
         for text in _texts(ast.parse(file.read_text())):
-            if len(re.findall(r"[A-Za-z][\w'-]+", text)) >= 4:
+            if len(re.findall(r"[A-Za-z][\w'-]+", text)) >= 3 and " " in text.strip():
                 found[text] = str(file.relative_to(package))
     return found
 
