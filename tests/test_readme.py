@@ -1,4 +1,4 @@
-"""The README's code runs and prints what it shows, its commands are those of CI. Links and figures of all pages are right."""
+"""The README's code runs and prints what it shows; its commands are those of CI; links and figures of all pages."""
 
 from __future__ import annotations
 
