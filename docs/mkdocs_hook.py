@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 _OUTSIDE = re.compile(r"(\]\()\.\./(?!README\.md)([^)#\s]+)")
 """A link from a page of docs/ to a file beside that folder."""
 _BELOW = re.compile(r"\]\((?!https?:|#|\.\./)([^)#\s]+)")
+_ROLE = re.compile(r":(?:class|func|meth):(?=<)")
+"""What docstrings put before a name, for tools that read reStructuredText."""
 _INSIDE = re.compile(r"(\]\()docs/")
 """A link to a page of docs/ from a file beside that folder."""
 
@@ -38,3 +40,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Links lead to where the files are in the site; the README is its first page."""
     markdown = _OUTSIDE.sub(r"\1\2", markdown).replace("](../README.md", "](index.md")
     return _INSIDE.sub(r"\1", markdown) if "/" not in page.file.src_uri else markdown
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    return _ROLE.sub("", html)
