@@ -82,6 +82,7 @@ def test_snippets_of_distributed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "layers.0.feed_forward.w1" in capsys.readouterr().out
 
 
+@pytest.mark.loops
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     namespace, outputs = ran("docs/recipes.md", capsys)
     assert namespace["backend"].report.graphs == 3, "dense, sparse, and sparse without gradients"

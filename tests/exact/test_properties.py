@@ -2,7 +2,8 @@ r"""Random networks: compiled with the pass, each computes what its straight-thr
 
 A failing example is printed as a line of Python that runs it again. The environment sets how long and where::
 
-    SPARSE_PASS_EXAMPLES=5000   examples of each inner compiler (default: 240 by aot_eager, 12 by Inductor)
+    SPARSE_PASS_EXAMPLES=5000   examples of each inner compiler (default: 240 by aot_eager, 15 by Inductor, a third of
+                                these with its loops; if set: all with its loops)
     SPARSE_PASS_INNER=inductor  only this inner compiler
     SPARSE_PASS_SEED=1          other examples (default: 0); Hypothesis' own seed is not used
     SPARSE_PASS_DEVICE=cuda     where the networks live (default: cpu)
@@ -57,8 +58,9 @@ from sparse_pass.config import gradient_scheme, input_scheme, weight_scheme
 DEVICE = os.environ.get("SPARSE_PASS_DEVICE", "cpu")
 SEED = int(os.environ.get("SPARSE_PASS_SEED", "0"))
 INNERS = [os.environ["SPARSE_PASS_INNER"]] if "SPARSE_PASS_INNER" in os.environ else ["aot_eager", "inductor"]
-EXAMPLES = {"aot_eager": 240, "inductor": 12}
-SHARDS = {"aot_eager": 4, "inductor": 2}
+EXAMPLES = {"aot_eager": 240, "inductor": 15}
+SHARDS = {"aot_eager": 4, "inductor": 3}
+ALL_LOOPS = DEVICE != "cpu" or "SPARSE_PASS_EXAMPLES" in os.environ
 
 KERNEL = "cusparselt" if DEVICE == "cuda" else "reference"
 
@@ -304,7 +306,11 @@ def _reproduce(example: Example, inner: str) -> str:
 
 
 def shards() -> list[Any]:
-    return [pytest.param(inner, shard, id=f"{inner}-{shard}") for inner in INNERS for shard in range(SHARDS[inner])]
+    return [
+        pytest.param(inner, shard, id=f"{inner}-{shard}", marks=[pytest.mark.loops] * (ALL_LOOPS or shard == 2))
+        for inner in INNERS
+        for shard in range(SHARDS[inner])
+    ]
 
 
 @pytest.mark.slow
