@@ -82,7 +82,7 @@ def test_figures_are_those_of_the_files() -> None:
 
 
 def test_speed_table_of_the_readme() -> None:
-    """It is that of benchmarks/results/h100/float8.csv: milliseconds of dense, and of the others how many times faster."""
+    """It is that of h100/float8.csv: milliseconds of dense, and of the others how many times faster."""
     (shown,) = SPEED.findall((ROOT / "README.md").read_text())
     models = [row.partition(" | ")[0].removeprefix("| ") for row in shown.strip().splitlines()[2:]]
     assert len(models) <= 10
