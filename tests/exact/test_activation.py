@@ -436,7 +436,7 @@ def test_fused_activations_round_as_inductor_does(dtype: torch.dtype) -> None:
         once = reference_inputs.activate(x, gate if name == "silu_gate" else None, name)
         # Inductor's erf is another one than torch's; rounded twice, a quarter of silu_gate would differ.
         assert (compiled != once).float().mean() < 0.002
-    # Op by op it is rounded twice: as the README says, some masks are others.
+    # Op by op it is rounded twice: as docs/schemes.md says, some masks are others.
     ones = [sp.mask24(reference_inputs.activate(x, gate, "silu_gate")), sp.mask24(F.silu(x) * gate)]
     assert (ones[0] != ones[1]).float().mean() < 0.005
 

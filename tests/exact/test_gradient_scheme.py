@@ -82,7 +82,7 @@ def estimate_of(matrix: Tensor, drawn: Drawn) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """x [M, K] times w^T by the table of the README."""
+    """x [M, K] times w^T by the table of docs/schemes.md."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, scheme: Any, drawn: Drawn) -> Tensor:

@@ -164,7 +164,7 @@ def _nearest(x: Tensor, among: Mapping[int, Tensor]) -> int | None:
 
 
 class Product(torch.autograd.Function):
-    """x [M, K] times w^T [K, N] and b, by the table of the README."""
+    """x [M, K] times w^T [K, N] and b, by the table of docs/schemes.md."""
 
     @staticmethod
     def forward(
