@@ -165,3 +165,17 @@ def test_tests_that_the_page_of_trust_names() -> None:
     known = {file.stem for file in files}
     known |= {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
     assert set(re.findall(r"\btest_\w+", page)) <= known
+
+
+def test_time_to_loss_is_that_of_the_file() -> None:
+    """Each row of recipes.md's last table, in the section of the default size."""
+    table = (ROOT / "benchmarks" / "results" / "quality" / "quality.md").read_text().partition("\n## ")[2]
+    file = {
+        name: cells for name, cells in re.findall(r"^\| `(\w+)` \|(.+)\|$", table.partition("\n## ")[0], re.MULTILINE)
+    }
+    page = (ROOT / "docs" / "recipes.md").read_text().partition("## What to try first")[2]
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| ([\d.]+) \| (~?[\d.]+) \| (~?[\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for name, *figures in rows:
+        _, _, _, _, factor, _, one, _, eight = (cell.strip() for cell in file[name].split("|"))
+        assert figures == [factor.rstrip("*"), one, eight], name
