@@ -170,9 +170,7 @@ def test_tests_that_the_page_of_trust_names() -> None:
 def test_time_to_loss_is_that_of_the_file() -> None:
     """Each row of recipes.md's last table, in the section of the default size."""
     table = (ROOT / "benchmarks" / "results" / "quality" / "quality.md").read_text().partition("\n## ")[2]
-    file = {
-        name: cells for name, cells in re.findall(r"^\| `(\w+)` \|(.+)\|$", table.partition("\n## ")[0], re.MULTILINE)
-    }
+    file = dict(re.findall(r"^\| `(\w+)` \|(.+)\|$", table.partition("\n## ")[0], re.MULTILINE))
     page = (ROOT / "docs" / "recipes.md").read_text().partition("## What to try first")[2]
     rows = re.findall(r"^\| `(\w+)` \| .+ \| ([\d.]+) \| (~?[\d.]+) \| (~?[\d.]+) \|$", page, re.MULTILINE)
     assert len(rows) == 5
