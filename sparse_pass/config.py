@@ -33,7 +33,12 @@ _WEIGHT_CHOICES = {
     "backend": get_args(Backend),
 }
 _INPUT_CHOICES = {"mask": get_args(InputMask), "grad_input": get_args(GradInput), "backend": get_args(Backend)}
-_GRADIENT_CHOICES = {"grad_weight": get_args(Estimate), "grad_input": get_args(Estimate), "backend": get_args(Backend)}
+_GRADIENT_CHOICES = {
+    "grad_weight": get_args(Estimate),
+    "grad_input": get_args(Estimate),
+    "precision": get_args(Precision),
+    "backend": get_args(Backend),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +84,10 @@ class WeightSparsity:
     """``"captured"``: GEMMs multiply in the dtype that the graph has. ``"float8"``: those of output and grad_input
     multiply values rounded to float8_e4m3fn, the input, grad_output and S(weight), each times a power of two: the
     largest at which the largest magnitude of the tensor is at most 448 (of all of the stored weight, masked or not).
-    Sums are float32, results have the captured dtype. grad_weight stays in the captured precision."""
+    Sums are float32, results have the captured dtype. ``grad_weight="mvue"`` is in float8 as well, with the values of
+    the input that output multiplies; ``"dense"`` and ``"masked"`` stay in the captured precision. Kernels need compute
+    capability 9.0, 16-bit GEMMs, and N and K to be multiples of 64; other GEMMs go to ``torch._scaled_mm`` (8.9 and
+    newer), or are dense matmuls of the same numbers."""
 
     backend: Backend = "auto"
     """``"auto"``: cuSPARSELt where it can run, else masked_dense. ``"cusparselt"``: the same, and on a CPU
@@ -183,6 +191,11 @@ class GradientSparsity:
     """``"dense"``: as captured. ``"mvue"``: from a 2:4 ``grad_output``, two of every four features of each row. What it
     adds to the variance reaches all layers before this one, other than that of ``grad_weight``."""
 
+    precision: Precision = "captured"
+    """``"float8"``: all three matmuls in float8, as of :class:`WeightSparsity`: output and grad_input by
+    ``torch._scaled_mm`` (compute capability 8.9 and newer; elsewhere dense matmuls of the same numbers), grad_weight by
+    2:4 kernels. Needs ``grad_input="dense"`` and ``grad_weight="mvue"``."""
+
     backend: Backend = "auto"
     """``"auto"``: cuSPARSELt where it can run, else dense matmuls of the same estimate. ``"cusparselt"``: the same, and
     on a CPU the slow reference kernels (for tests). ``"masked_dense"``: dense matmuls of the estimate."""
@@ -193,6 +206,12 @@ class GradientSparsity:
             raise ValueError(
                 "GradientSparsity(grad_weight='dense', grad_input='dense'): one of them must be 'mvue'; to leave a"
                 " layer dense map it to None"
+            )
+
+        if self.precision == "float8" and self.grad_input != "dense":
+            raise ValueError(
+                f"GradientSparsity(precision='float8', grad_input={self.grad_input!r}): an estimate along N has no"
+                " float8 kernels; use grad_input='dense' or precision='captured'"
             )
 
     def __str__(self) -> str:
@@ -235,6 +254,12 @@ def input_scheme(scheme: Scheme | None) -> ActivationSparsity | None:
 def gradient_scheme(scheme: Scheme | None) -> WeightSparsity | GradientSparsity | None:
     """What is said of grad_output: that of a 2:4 weight is a matter of its ``grad_weight``."""
     return _part(scheme, GradientSparsity) or _part(scheme, WeightSparsity)
+
+
+def is_float8(scheme: Scheme | None) -> bool:
+    """Whether the matmuls of output and grad_input are to be in float8."""
+    said = weight_scheme(scheme) or gradient_scheme(scheme)
+    return said is not None and said.precision == "float8"
 
 
 _Part = TypeVar("_Part")

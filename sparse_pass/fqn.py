@@ -111,7 +111,7 @@ def _parse_entry(text: str, scheme: Any) -> Pattern:
         raise ValueError(f"config[{text!r}] = {scheme!r}: {reason}")
     if isinstance(scheme, tuple) and any(getattr(part, "precision", "captured") != "captured" for part in scheme):
         raise ValueError(
-            f"config[{text!r}] = {scheme_text(scheme)}: precision='float8' is for a weight scheme alone, as a 2:4 input"
+            f"config[{text!r}] = {scheme_text(scheme)}: precision='float8' is for one scheme alone, as a 2:4 input"
             " is multiplied in the captured precision; take ActivationSparsity or precision='float8' out"
         )
     if text.startswith("re:"):

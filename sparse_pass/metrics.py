@@ -44,7 +44,7 @@ class Metrics:
             optimizer.step()
         metrics.read(csv="masks.csv", writer=SummaryWriter())
 
-    Values of a layer with weight W, mask m (of the live weight, by the scheme's ``mask``), and gradient G:
+    Values of a layer with weight W, mask m (as training chooses it), and gradient G:
 
         flip_rate         share of the elements of m that are not as at the last measurement: |m xor m_last| / (N K)
                           (Hu et al. 2024, arXiv 2404.01847, there from step to step). NaN the first time
@@ -136,7 +136,7 @@ class Metrics:
         """The values of a layer, in the order of `COLUMNS`, float32 on its device."""
         assert one.sparsity is not None
         weight = local(one.weight.detach())
-        mask = mask24(weight, one.sparsity.mask)
+        mask = mask24(weight.to(one.seen), one.sparsity.mask)
         kept = weight.masked_fill(~mask, 0)
         ratios = [_norm(kept, order) / _norm(weight, order) for order in (1, 2)]
         if one.weight.grad is None:

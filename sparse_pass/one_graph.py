@@ -81,7 +81,7 @@ def _site(plan: LinearPlan, training: bool) -> Site:
     linear, pattern = plan.named.linear, plan.named.pattern
     m, n, k = linear.shape
     kernels: dict[str, Any] = {name: plan.kernel(name) for name in get_args(GemmName)}
-    sparse = any(kernel not in ("dense", "masked_dense", None) for kernel in kernels.values())
+    sparse = any(kernel not in ("dense", "masked_dense", "float8", None) for kernel in kernels.values())
     fused = plan.input.prepared.activation if plan.input.prepared else None
     return Site(
         fqn=linear.names[0], pattern=pattern.text, scheme=plan.named.scheme,

@@ -64,11 +64,10 @@ def prune_(
     for one in found:
         if one.sparsity is not None and one.weight.is_meta:
             raise ValueError(f"{one.name!r} is on the meta device: load its data before prune_")
-    gathered = gathered_dtypes(model)
     kept = []
     for one in found:
         if (how := one.sparsity) is not None:
-            seen = one.weight.detach().to(dtype or gathered.get(id(one.weight), one.weight.dtype))
+            seen = one.weight.detach().to(dtype or one.seen)
             kept.append((one.weight, mask24(seen, how.mask), how.factor))
     with torch.no_grad():
         for weight, mask, scale in kept:
@@ -85,6 +84,8 @@ class PrunedWeight:
 
     name: str
     weight: nn.Parameter
+    seen: torch.dtype
+    """The dtype that the compiled code is given it in, on which masks are chosen."""
     pattern: Pattern
     sparsity: WeightSparsity | None
     """None if it stays dense."""
@@ -104,6 +105,7 @@ def pruned_weights(model: nn.Module, config: Config, whole: nn.Module | None = N
     """
     patterns = parse_config(config)
     check_names(whole or model, patterns)
+    gathered = gathered_dtypes(model)
     for name, weight, pattern in chosen_weights(model, patterns):
         scheme = pattern.scheme
         assert scheme is not None
@@ -124,7 +126,8 @@ def pruned_weights(model: nn.Module, config: Config, whole: nn.Module | None = N
         else:
             reason = why_shape_skipped(weight.shape) or ""
         pruned_by = None if reason else sparsity
-        yield PrunedWeight(name=name, weight=weight, pattern=pattern, sparsity=pruned_by, reason=reason)
+        seen = gathered.get(id(weight), weight.dtype)
+        yield PrunedWeight(name=name, weight=weight, seen=seen, pattern=pattern, sparsity=pruned_by, reason=reason)
 
 
 def site_of(one: PrunedWeight) -> Site:

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,19 +14,22 @@ from typing import TYPE_CHECKING
 # 10 s that try which instructions there are, and each loop would take longer to compile. It is all one to the pass.
 # torch reads this when it is imported, also in the processes that tests start; 1 gives the loops that users get.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+# Python's own collections are enough; one more after each compilation takes as long as a tenth of it.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 import pytest
 import torch
+from compile_time import no_loops, rare_collections
 from support import fresh_compile
 
 if TYPE_CHECKING:
     from fake_cusparselt import FakeCusparselt
 
+ALL_LOOPS = "SPARSE_PASS_LOOPS" in os.environ
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Compilers allocate so much that a tenth of the suite's time would go to the collector.
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    rare_collections()
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -35,13 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
+def fresh_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """A graph from a compile cache never meets the pass: a test that reads it would test nothing.
 
-    Tests of the caches themselves turn them on again.
+    Tests of the caches themselves turn them on again. Inductor writes loops only for tests whose marker says so.
     """
     torch.manual_seed(0)
-    with fresh_compile():
+    loops = ALL_LOOPS or any(request.node.get_closest_marker(name) for name in ("loops", "gpu"))
+    with fresh_compile(), nullcontext() if loops else no_loops():
         yield
 
 

@@ -101,6 +101,7 @@ def test_inspect_graph(run: Run, args: tuple[str, ...], op: str) -> None:
     assert re.search(r"^fc1 .* 128, 256, 64 ", output, re.MULTILINE), "the report of sp.explain"
 
 
+@pytest.mark.loops
 def test_from_torchao(run: Run) -> None:
     output = run("from_torchao.py", "--steps", "10")
     assert re.search(r"^ValueError: 'seq\.0' .*'0'", output, re.MULTILINE)

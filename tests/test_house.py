@@ -67,7 +67,7 @@ CONTRACT = {
     "Metrics": "(model, config, *, every=50)",
     "Schedule": "(backend, start=0, stop=None, *, patterns=None)",
     "ActivationSparsity": "(*, mask='optimal', grad_input='dense', backend='auto')",
-    "GradientSparsity": "(*, grad_weight='mvue', grad_input='dense', backend='auto')",
+    "GradientSparsity": "(*, grad_weight='mvue', grad_input='dense', precision='captured', backend='auto')",
     "WeightSparsity": "(*, mask='optimal', grad_weight='dense', decay=0.0, scale=1.0, precision='captured',"
     " backend='auto')",
     "sparse_backend": "(config, *, model=None, whole=None, inner='inductor', strict=False, tune='auto', require=None,"

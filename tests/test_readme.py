@@ -1,53 +1,24 @@
-"""The README's code runs and prints what it shows, its commands are those of CI, its links lead somewhere."""
+"""The README's code runs and prints what it shows; its commands are those of CI; links and figures of all pages."""
 
 from __future__ import annotations
 
 import csv
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support import fresh_compile
+from pages import PAGES, ROOT, blocks, ran
 
 import sparse_pass as sp
 
-ROOT = Path(__file__).parent.parent
 
-
-def blocks(language: str, page: str = "README.md") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
-
-
-def ran(page: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], list[str]]:
-    """All blocks in order in one namespace, as a reader would type them. Returns that, and what each printed.
-
-    The first one prints the report that the page shows.
-    """
-    namespace: dict[str, Any] = {}
-    outputs = []
-    with fresh_compile():
-        for code in blocks("python", page):
-            exec(compile(code, page, "exec"), namespace)
-            outputs.append(capsys.readouterr().out)
-    if not torch.cuda.is_available():
-        (shown,) = blocks("text", page)
-        assert outputs[0] == shown, f"the report in {page} is not what its code prints"
-    return namespace, outputs
-
-
+@pytest.mark.loops
 def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     namespace, _ = ran("README.md", capsys)
     # After prune_ the eager model computes what the sparse one computed.
     pruned = namespace["model"](namespace["x"])
     torch.testing.assert_close(pruned, namespace["y_sparse"])
-
-
-def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    namespace, outputs = ran("docs/recipes.md", capsys)
-    assert namespace["backend"].report.graphs == 3, "dense, sparse, and sparse without gradients"
-    assert any("are not 2:4: 'fc1' has" in output for output in outputs), "what verify24 says of a moved weight"
 
 
 def test_figures_of_the_recipes() -> None:
@@ -72,33 +43,101 @@ def test_ci_runs_the_test_command() -> None:
     assert install_and_test in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
-)
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub and mkdocs make them of plain words."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_relative_links(page: str) -> None:
     path = ROOT / page
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
-        assert (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", path.read_text()):
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 16), ("docs/performance.md", 24)])
-def test_figures_are_those_of_the_files(page: str, least: int) -> None:
-    """Of a table of speed: each row of three figures is a row of one of the files that are linked beside it."""
-    path = ROOT / page
-    (speed,) = re.findall(r"<!-- speed table: begin -->(.*)<!-- speed table: end -->", path.read_text(), re.DOTALL)
-    rows = re.findall(r"^\| (.+?) \| ([\d.]+) ms \| ([\d.]+) ms \| \**([\d.]+)x", speed, re.MULTILINE)
-    assert len(rows) >= least
-    measured = []
-    for target in re.findall(r"\]\(([./]*benchmarks/results/[\w/]+)\.md\)", speed):
-        with (path.parent / f"{target}.csv").open() as file:
-            head, *lines = csv.reader(file)
-        of_file = [{_milliseconds(name, cell) for name, cell in zip(head, line, strict=True)} for line in lines]
-        if "end_to_end" in target:  # where dense is a row of its own
-            of_file = [one | two for one in of_file for two in of_file]
-        measured += of_file
-    for what, *figures in rows:
-        found = any(all(_rounded(figure, of) for figure in figures) for of in measured)
-        assert found, f"{what}: {figures} is in none of the files"
+SPEED = re.compile(r"<!-- speed table: begin -->(.*?)<!-- speed table: end -->", re.DOTALL)
+
+
+def test_figures_are_those_of_the_files() -> None:
+    """Of each table of speed: each row of three figures is a row of one of the files that are linked beside it."""
+    path = ROOT / "docs/performance.md"
+    h200, h100 = SPEED.findall(path.read_text())
+    for speed, least in ((h200, 16), (h100, 24)):
+        rows = re.findall(r"^\| (.+?) \| ([\d.]+) ms \| ([\d.]+) ms \| \**([\d.]+)x", speed, re.MULTILINE)
+        assert len(rows) >= least
+        measured = []
+        for target in re.findall(r"\]\(([./]*benchmarks/results/[\w/]+)\.md\)", speed):
+            with (path.parent / f"{target}.csv").open() as file:
+                head, *lines = csv.reader(file)
+            of_file = [{_milliseconds(name, cell) for name, cell in zip(head, line, strict=True)} for line in lines]
+            if "end_to_end" in target:  # where dense is a row of its own
+                of_file = [one | two for one in of_file for two in of_file]
+            measured += of_file
+        for what, *figures in rows:
+            found = any(all(_rounded(figure, of) for figure in figures) for of in measured)
+            assert found, f"{what}: {figures} is in none of the files"
+
+
+def test_speed_table_of_the_readme() -> None:
+    """It is that of the files of float8: milliseconds of dense, and of the others how many times faster."""
+    (shown,) = SPEED.findall((ROOT / "README.md").read_text())
+    models = [row.partition(" | ")[0].removeprefix("| ") for row in shown.strip().splitlines()[2:]]
+    assert len(models) <= 10
+    measured = float8_figures("step ms")
+    lines = []
+    for model in models:
+        dense, *steps = (measured[model, name] for name in ("dense", *FLOAT8_COLUMNS))
+        steps = [min(steps[:2]), *steps[2:]]
+        cells = [f"{dense:.1f} ms" if dense >= 10 else f"{dense:.2f} ms", *(f"{dense / one:.2f}x" for one in steps)]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    assert shown.strip().splitlines()[2:] == lines, "\n".join(["the table should be", *lines])
+
+
+def test_loss_tables() -> None:
+    """Each row of the README's is one of quality.md, of 1,500 steps; and there is one seed of each."""
+    text = (ROOT / "benchmarks/results/quality/quality.md").read_text().split("\n## ")[1]
+    row = re.compile(r"^\| `(\w+)` \| 1,500 \| 1 \| (\S+) \|[^|]+\| ([\d.]+)\*? \|", re.MULTILINE)
+    measured = {name: figures for name, *figures in row.findall(text)}
+    page = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`[^|]* \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    for name, *figures in rows:
+        assert figures == measured[name], name
+
+
+FLOAT8_ROWS = {
+    "Llama 1B": "Llama 1B",
+    "Llama 8B": "Llama 8B, 6 layers",
+    "ViT-L/16": "ViT-L/16",
+    "MLP 4096, 14336, 16,384": "MLP 16384x4096x14336",
+    "MLP 1024, 4096, 44,160": "MLP 44160x1024x4096",
+    "MLP 1024, 4096, 4,096": "MLP 4096x1024x4096",
+}
+FLOAT8_COLUMNS = ["torchao float8", "torchao float8 rowwise", "w24", "w24, mvue", "float8 w24", "float8 w24, mvue"]
+
+
+def float8_figures(column: str) -> dict[tuple[str, str], float]:
+    """One column of the float8 benchmark on an H100, by model and variant."""
+    measured: dict[tuple[str, str], float] = {}
+    for name in ("float8", "float8_mlp"):  # the second one has newer figures of MLPs
+        with (ROOT / "benchmarks" / "results" / "h100" / f"{name}.csv").open() as file:
+            measured |= {(row["model"], row["variant"]): float(row[column]) for row in csv.DictReader(file)}
+    return measured
+
+
+def test_the_float8_table_is_that_of_the_files() -> None:
+    measured = float8_figures("over dense")
+    page = (ROOT / "docs" / "float8.md").read_text()
+    rows = re.findall(r"^\| ((?:Llama|MLP|ViT).+?) \|((?: \**[\d.]+\** \|){6})$", page, re.MULTILINE)
+    assert len(rows) == len(FLOAT8_ROWS)
+    for what, cells in rows:
+        (model,) = (full for start, full in FLOAT8_ROWS.items() if what.startswith(start))
+        figures = [float(cell) for cell in re.findall(r"[\d.]+", cells)]
+        for column, figure in zip(FLOAT8_COLUMNS, figures, strict=True):
+            assert abs(measured[model, column] - figure) < 0.0051, (what, column)
 
 
 def _milliseconds(head: str, cell: str) -> float:
@@ -126,3 +165,15 @@ def test_tests_that_the_page_of_trust_names() -> None:
     known = {file.stem for file in files}
     known |= {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
     assert set(re.findall(r"\btest_\w+", page)) <= known
+
+
+def test_time_to_loss_is_that_of_the_file() -> None:
+    """Each row of recipes.md's last table, in the section of the default size."""
+    table = (ROOT / "benchmarks" / "results" / "quality" / "quality.md").read_text().partition("\n## ")[2]
+    file = dict(re.findall(r"^\| `(\w+)` \|(.+)\|$", table.partition("\n## ")[0], re.MULTILINE))
+    page = (ROOT / "docs" / "recipes.md").read_text().partition("## What to try first")[2]
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| ([\d.]+) \| (~?[\d.]+) \| (~?[\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for name, *figures in rows:
+        _, _, _, _, factor, _, one, _, eight = (cell.strip() for cell in file[name].split("|"))
+        assert figures == [factor.rstrip("*"), one, eight], name

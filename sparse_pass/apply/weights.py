@@ -77,9 +77,7 @@ class Weights:
         if prepared.mask:
             made["mask"] = edit.call_before(before, sparse_ops.mask24.default, (weight, prepared.structure))
         if prepared.dense or prepared.dense_float8:
-            zero = edit.zero(weight, before, like=before)
-            laid_out = edit.laid_out(made["mask"], weight, before, like=before)
-            dense = edit.call_before(before, aten.where.self, (laid_out, weight, zero))
+            dense = self._masked(prepared, made["mask"]) if prepared.mask else weight
             if prepared.scale != 1:
                 dense = edit.call_before(before, aten.mul.Tensor, (dense, prepared.scale))
             if prepared.dense_float8:
@@ -111,6 +109,12 @@ class Weights:
                     made[packed].meta["partitioner_tag"] = "must_be_in_backward"
         self._made[prepared] = made
         return made
+
+    def _masked(self, prepared: Prepared, mask: Node) -> Node:
+        edit, weight, before = self._edit, prepared.source, prepared.before
+        zero = edit.zero(weight, before, like=before)
+        laid_out = edit.laid_out(mask, weight, before, like=before)
+        return edit.call_before(before, aten.where.self, (laid_out, weight, zero))
 
     def _multiply(self, plan: GemmPlan, packed: Node) -> None:
         gemm = plan.gemm.node

@@ -49,7 +49,7 @@ def make_model(
         made = of_library(name, dtype, batch, tokens, sizes)
         if made is not None:
             return made
-    missing = [one for one in ("timm", "transformers") if importlib.util.find_spec(one) is None]
+    missing = [one for one in ("timm", "torchvision", "transformers") if importlib.util.find_spec(one) is None]
     hint = f"; {' and '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else ""
     raise NoModel(f"{name!r} is no package.module:factory, no timm name, no transformers model type or config{hint}")
 
@@ -91,7 +91,8 @@ def _as_input(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _from_timm(
     name: str, dtype: torch.dtype, batch: int | None, tokens: int | None, sizes: dict[str, Any]
 ) -> Made | None:
-    if importlib.util.find_spec("timm") is None:
+    # timm imports torchvision, which one may have left out with --no-deps: names of transformers work all the same.
+    if importlib.util.find_spec("timm") is None or importlib.util.find_spec("torchvision") is None:
         return None
     import timm
 

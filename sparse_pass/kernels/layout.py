@@ -114,6 +114,19 @@ def compress(x, mask, ALONG: tl.constexpr, ACROSS: tl.constexpr, DTYPE: tl.const
 
 
 @triton.jit
+def word_for_each_row(byte0, byte1, byte2, byte3):
+    """Transpose 4x4 bytes: from a word for each place in the word, whose byte i is of row i, to a word for each row."""
+    low01, low23 = shuffled(byte0, byte1, 0x5140), shuffled(byte0, byte1, 0x7362)
+    high01, high23 = shuffled(byte2, byte3, 0x5140), shuffled(byte2, byte3, 0x7362)
+    return (
+        shuffled(low01, high01, 0x5410),
+        shuffled(low01, high01, 0x7632),
+        shuffled(low23, high23, 0x5410),
+        shuffled(low23, high23, 0x7632),
+    )
+
+
+@triton.jit
 def store_metadata(block_ptr, codes):
     """codes: [16, 16], R by C, byte i the metadata nibble of row 4R + i. Writes 128 words.
 
@@ -125,11 +138,7 @@ def store_metadata(block_ptr, codes):
     even, odd = tl.split(low + high * 16)  # by C2
     byte0, byte2 = tl.split(even)  # by C0
     byte1, byte3 = tl.split(odd)
-    # Transpose 4x4 bytes: from a word for each place in the word, to a word for each i.
-    low01, low23 = shuffled(byte0, byte1, 0x5140), shuffled(byte0, byte1, 0x7362)
-    high01, high23 = shuffled(byte2, byte3, 0x5140), shuffled(byte2, byte3, 0x7362)
+    words = word_for_each_row(byte0, byte1, byte2, byte3)
     at = block_ptr + 8 * tl.arange(0, 16)[:, None] + tl.arange(0, 2)[None, :]
-    tl.store(at, tl.reshape(shuffled(low01, high01, 0x5410), [16, 2]))
-    tl.store(at + 2, tl.reshape(shuffled(low01, high01, 0x7632), [16, 2]))
-    tl.store(at + 4, tl.reshape(shuffled(low23, high23, 0x5410), [16, 2]))
-    tl.store(at + 6, tl.reshape(shuffled(low23, high23, 0x7632), [16, 2]))
+    for i in tl.static_range(4):
+        tl.store(at + 2 * i, tl.reshape(words[i], [16, 2]))

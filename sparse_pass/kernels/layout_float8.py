@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import CODES, KEPT, byte_table, look_up, permute_bytes, shuffled
+from .layout import CODES, KEPT, byte_table, look_up, permute_bytes, word_for_each_row
 
 # The byte-permutation selector of the two kept bytes of a group, as one byte.
 _BOTH = tl.constexpr(byte_table({(i0, i1): i0 | i1 << 4 for i0, i1 in KEPT}))
@@ -92,11 +92,7 @@ def store_metadata(block_ptr, codes):
     upper, lower = tl.split(both)
     byte0, byte2 = tl.split(upper)  # by C3
     byte1, byte3 = tl.split(lower)
-    # Transpose 4x4 bytes: from a word for each place in the word, to a word for each i.
-    low01, low23 = shuffled(byte0, byte1, 0x5140), shuffled(byte0, byte1, 0x7362)
-    high01, high23 = shuffled(byte2, byte3, 0x5140), shuffled(byte2, byte3, 0x7362)
+    words = word_for_each_row(byte0, byte1, byte2, byte3)
     at = block_ptr + 16 * tl.arange(0, 8)[:, None] + tl.arange(0, 4)[None, :]
-    tl.store(at, tl.reshape(shuffled(low01, high01, 0x5410), [8, 4]))
-    tl.store(at + 4, tl.reshape(shuffled(low01, high01, 0x7632), [8, 4]))
-    tl.store(at + 8, tl.reshape(shuffled(low23, high23, 0x5410), [8, 4]))
-    tl.store(at + 12, tl.reshape(shuffled(low23, high23, 0x7632), [8, 4]))
+    for i in tl.static_range(4):
+        tl.store(at + 4 * i, tl.reshape(words[i], [8, 4]))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import layout
-from .layout import pair_up, shuffled
+from .layout import pair_up, word_for_each_row
 
 
 @triton.jit
@@ -42,16 +42,12 @@ def _store_quarters(block_ptr, codes, RIGHT):
     even, odd = tl.split(low + high * 16)  # by C1
     byte0, byte2 = tl.split(even)  # by R1
     byte1, byte3 = tl.split(odd)
-    # Transpose 4x4 bytes: from a word for each place in the word, to a word for each i.
-    low01, low23 = shuffled(byte0, byte1, 0x5140), shuffled(byte0, byte1, 0x7362)
-    high01, high23 = shuffled(byte2, byte3, 0x5140), shuffled(byte2, byte3, 0x7362)
+    words = word_for_each_row(byte0, byte1, byte2, byte3)
     tile = tl.arange(0, 4)[:, None]  # R3 C3
     word = tl.arange(0, 8)[None, :]  # R0 R2 C2
     at = block_ptr + (tile >> 1) * 32 + (tile & 1) * RIGHT + (word >> 2) * 16 + (word & 3)
-    tl.store(at, tl.reshape(shuffled(low01, high01, 0x5410), [4, 8]))
-    tl.store(at + 4, tl.reshape(shuffled(low01, high01, 0x7632), [4, 8]))
-    tl.store(at + 8, tl.reshape(shuffled(low23, high23, 0x5410), [4, 8]))
-    tl.store(at + 12, tl.reshape(shuffled(low23, high23, 0x7632), [4, 8]))
+    for i in tl.static_range(4):
+        tl.store(at + 4 * i, tl.reshape(words[i], [4, 8]))
 
 
 @triton.jit

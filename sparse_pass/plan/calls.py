@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..config import ActivationSparsity, GradientSparsity, WeightSparsity, gradient_scheme, input_scheme, weight_scheme
+from ..config import (
+    ActivationSparsity,
+    GradientSparsity,
+    WeightSparsity,
+    gradient_scheme,
+    input_scheme,
+    is_float8,
+    weight_scheme,
+)
 from ..graph.gemms import GemmName, Linear, Role
 from ..vocabulary import FLOAT8
 from .limits import AskLimits, Limits
@@ -29,10 +37,8 @@ class Call:
     weight_limits: Limits
     """For those that read the weight."""
 
-    @property
-    def is_float8(self) -> bool:
-        """Whether the GEMMs of the weight are to multiply in float8, and a 2:4 grad_weight with them."""
-        return self.weight is not None and self.weight.precision == "float8"
+    is_float8: bool
+    """Whether the GEMMs of the weight are to multiply in float8, and a 2:4 grad_weight with them."""
 
     @property
     def kernel(self) -> str:
@@ -45,7 +51,6 @@ def call_of(named: Named, limits: AskLimits) -> Call:
     linear, scheme = named.linear, named.scheme
     device, dtype = linear.weight.meta["val"].device, linear.output.operand.meta["val"].dtype
     weight, asked = weight_scheme(scheme), limits(device, dtype)
-    is_float8 = weight is not None and weight.precision == "float8"
     return Call(
         linear=linear,
         weight=weight,
@@ -54,5 +59,6 @@ def call_of(named: Named, limits: AskLimits) -> Call:
         structured=structured_operands(scheme),
         estimated=estimated(scheme),
         limits=asked,
-        weight_limits=limits(device, FLOAT8) if is_float8 else asked,
+        weight_limits=limits(device, FLOAT8) if is_float8(scheme) else asked,
+        is_float8=is_float8(scheme),
     )

@@ -8,6 +8,7 @@ from ..fqn import Pattern, choose
 from ..graph.find import Found
 from .calls import call_of
 from .costs import Costs
+from .dense_float8 import plan_dense_float8
 from .float8 import rounded_reads
 from .gradients import plan_gradients
 from .halves import without_halves
@@ -50,6 +51,7 @@ def make_plan(
     several = tuple(calls.values())
     rounded = rounded_reads(several)
     inputs, weights = plan_inputs(several, costs), plan_weights(several, costs, rounded)
+    weights = {**weights, **plan_dense_float8(several, rounded)}
     gradients = plan_gradients(several, costs, rounded)
     linears = []
     for named in chosen:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from ..config import Scheme, weight_scheme
+from ..config import Scheme, is_float8
 from ..graph.gemms import GradientGemm, Linear, Use
 from ..graph.inputs import OperandRead, dense_read, operand_read
 from .calls import Call
@@ -59,8 +59,7 @@ def _uses(call: Call) -> Iterator[Use]:
 
 def why_no_float8(linear: Linear, scheme: Scheme) -> str | None:
     """Why a layer cannot multiply in float8, where its scheme says so."""
-    weight = weight_scheme(scheme)
-    if weight is None or weight.precision != "float8":
+    if not is_float8(scheme):
         return None
     remedy = "use precision='captured'"
     if linear.computes or linear.readers:

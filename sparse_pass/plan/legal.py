@@ -52,7 +52,8 @@ def why_skipped(linear: Linear, scheme: Scheme) -> str | None:
     reason = None
     if weight_scheme(scheme) is not None:
         split = linear.sharding.why_tiles_are_split() if linear.sharding is not None else None
-        reason = split or why_shape_skipped(weight.shape) or why_no_float8(linear, scheme)
+        reason = split or why_shape_skipped(weight.shape)
+    reason = reason or why_no_float8(linear, scheme)
     if input_scheme(scheme) is not None:
         reason = reason or _why_input_skipped(linear)
     return reason

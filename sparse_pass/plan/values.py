@@ -83,7 +83,7 @@ class Prepared:
     source: Node
     """The weight, the input, or grad_output as its GEMM reads it."""
     structure: str
-    """The mask of a weight or an input; the estimator of grad_output."""
+    """The mask of a weight or an input; the estimator of grad_output; empty for a dense weight in float8."""
     before: Node
     """The first GEMM, or op that computes something from a weight, that reads it: all is made before that."""
     scale: float = 1.0

@@ -50,6 +50,10 @@ def fsdp2() -> None:
         fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     backend = sp.sparse_backend(MASKED, model=model, inner="aot_eager")
     trained = kept_by_training(model, torch.compile(model, backend=backend))
+    metrics = sp.Metrics(model, MASKED, every=1)
+    metrics.step()
+    (layers,) = metrics.read().values()
+    assert {values["dropped_gradient"] for values in layers.values()} == {0.0}
     assert is_of(trained, kept_by_pruning(network(DIM), dtype=torch.bfloat16))
     assert not is_of(trained, kept_by_pruning(network(DIM)))
     assert is_of(trained, kept_by_pruning(model)), "the sharded model itself knows its policy"

@@ -5,8 +5,9 @@ A test file that is also the program of its ranks ends in::
     if __name__ == "__main__":
         main({"name": function, ...})
 
-One process imports torch and forks the ranks; each runs the named compositions one after the other, in one process
-group. Starting N processes that import torch would take longer than all that they compute.
+Its arguments are numbers of ranks, each followed by the compositions that so many ranks run. One process imports torch
+and forks the ranks; each runs its compositions one after the other, in one process group. Starting N processes that
+import torch would take longer than all that they compute.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from compile_time import quick_dynamo, rare_collections
 from support import TOLERANCE, original_name, python_environment, relative_error, ste_reference
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -170,20 +172,28 @@ def check_report(backend: SparseBackend, named: list[str]) -> None:
 
 
 def main(compositions: Mapping[str, Callable[[], None]]) -> None:
-    """The program: number of ranks, and the names of compositions."""
-    count, *names = sys.argv[1:]
-    store = tempfile.mktemp()
+    """The program: one group of ranks after the other."""
+    groups: dict[int, list[str]] = {}
+    for argument in sys.argv[1:]:
+        if argument.isdecimal():
+            names = groups.setdefault(int(argument), [])
+        else:
+            names.append(argument)
     with torch.no_grad():  # imports what all ranks would import each by itself; a backward would bar autograd from them
         sp.explain(network(), CONFIG)(batch(0)[0])
-    children = []
-    for rank in range(int(count)):
-        child = os.fork()
-        if child == 0:
-            os._exit(_rank(rank, int(count), store, {name: compositions[name] for name in names}))
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    Path(store).unlink(missing_ok=True)  # the last rank to leave removes it, too
-    sys.exit(max(map(abs, codes)))
+    rare_collections()
+    for count, names in groups.items():
+        store = tempfile.mktemp()
+        children = []
+        for rank in range(count):
+            child = os.fork()
+            if child == 0:
+                os._exit(_rank(rank, count, store, {name: compositions[name] for name in names}))
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        Path(store).unlink(missing_ok=True)  # the last rank to leave removes it, too
+        if any(codes):
+            sys.exit(1)
 
 
 def _rank(rank: int, count: int, store: str, compositions: Mapping[str, Callable[[], None]]) -> int:
@@ -192,7 +202,8 @@ def _rank(rank: int, count: int, store: str, compositions: Mapping[str, Callable
     for name, composition in compositions.items():
         torch._dynamo.reset()
         try:
-            composition()
+            with quick_dynamo():
+                composition()
         except BaseException:  # the others wait for this rank in vain: no later composition can run
             traceback.print_exc()
             print(f"wrong: {name} on rank {rank}", file=sys.stderr, flush=True)
@@ -203,11 +214,13 @@ def _rank(rank: int, count: int, store: str, compositions: Mapping[str, Callable
     return 0
 
 
-def launch(file: str, count: int, names: Iterable[str], **variables: str) -> str:
-    """Run a program of ranks, and see that each of them found each composition right. Returns what it printed."""
-    names = list(names)
+def launch(file: str, groups: Mapping[int, Iterable[str]], **variables: str) -> str:
+    """Run a program of ranks, and see that each of them found each composition right. Returns what it printed.
+
+    groups: compositions, by the number of their ranks.
+    """
     done: Any = subprocess.run(
-        [sys.executable, file, str(count), *names],
+        [sys.executable, file, *(word for count, names in groups.items() for word in (str(count), *names))],
         env=python_environment(**variables),
         capture_output=True,
         text=True,
@@ -216,6 +229,7 @@ def launch(file: str, count: int, names: Iterable[str], **variables: str) -> str
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
-    for name in names:
-        assert done.stdout.count(f"right: {name}.\n") == count, output
+    for count, names in groups.items():
+        for name in names:
+            assert done.stdout.count(f"right: {name}.\n") == count, output
     return str(output)

@@ -425,6 +425,7 @@ def test_pair_with_kernels() -> None:
 # Graphs
 
 
+@pytest.mark.loops
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fused_activations_round_as_inductor_does(dtype: torch.dtype) -> None:
     """Once, from float32: a near tie has the same mask whether a kernel computes the activation or Inductor."""
@@ -435,7 +436,7 @@ def test_fused_activations_round_as_inductor_does(dtype: torch.dtype) -> None:
         once = reference_inputs.activate(x, gate if name == "silu_gate" else None, name)
         # Inductor's erf is another one than torch's; rounded twice, a quarter of silu_gate would differ.
         assert (compiled != once).float().mean() < 0.002
-    # Op by op it is rounded twice: as the README says, some masks are others.
+    # Op by op it is rounded twice: as docs/schemes.md says, some masks are others.
     ones = [sp.mask24(reference_inputs.activate(x, gate, "silu_gate")), sp.mask24(F.silu(x) * gate)]
     assert (ones[0] != ones[1]).float().mean() < 0.005
 
@@ -452,12 +453,20 @@ def doubled(linear: nn.Module) -> nn.Module:
     return parametrize.register_parametrization(linear, "weight", Doubled())
 
 
-PARAMETRIZATIONS = [parametrizations.weight_norm, parametrizations.orthogonal, doubled]
+def cayley(linear: nn.Module) -> nn.Module:
+    """A solve; the orthogonal map that is the default is a long graph, column by column."""
+    return parametrizations.orthogonal(linear, orthogonal_map="cayley")
+
+
+PARAMETRIZATIONS = [parametrizations.weight_norm, cayley, doubled]
 COMPUTED = [ACT, ROWWISE, MASKED, (sp.WeightSparsity(), ACT), (sp.WeightSparsity(grad_weight="mvue"), ACT)]
 
 
-@pytest.mark.parametrize("scheme", COMPUTED, ids=str)
-@pytest.mark.parametrize("computed", PARAMETRIZATIONS)
+@pytest.mark.parametrize(
+    ("computed", "scheme"),
+    [*((one, scheme) for one in PARAMETRIZATIONS for scheme in COMPUTED), (parametrizations.orthogonal, ACT)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_parametrized_weight(computed: Callable[[nn.Module], nn.Module], scheme: Any) -> None:
     """The gradient of what a parametrization computed is `dY^T S(X)`, from where autograd takes it on."""
     model = nn.Sequential(nn.Tanh(), computed(nn.Linear(8, 12)), nn.Tanh(), computed(nn.Linear(12, 8)))

@@ -139,8 +139,16 @@ def test_packed_under_autocast_and_scaled() -> None:
     assert max(errors(*results).values()) < 2e-2
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("autocast", "inner"),
+    [
+        (False, "aot_eager"),
+        (True, "aot_eager"),
+        # In loops Inductor keeps float32 between what it fuses, and converts to float8 itself.
+        pytest.param(False, "inductor", marks=pytest.mark.loops),
+        (True, "inductor"),
+    ],
+)
 def test_output_and_gradients(inner: Any, autocast: bool) -> None:
     model, x = Attention(), leaf(2, 6, 32)
     context = (lambda: torch.autocast("cpu", torch.bfloat16)) if autocast else nullcontext
@@ -235,6 +243,39 @@ def test_mvue_is_rounded_too(backend: Any, rows: int) -> None:
     assert max(errors(actual, expected).values()) < 2e-2
     kernel = {"masked_dense": "masked_dense", "cusparselt": "reference"}[backend]
     assert [site.grad_weight for site in report.sites] == [kernel]
+
+
+class DenseReference(Reference):
+    """The same with all of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = rounded(self.weight, scale_by_hand(self.weight))
+        y = Product.apply(x.reshape(-1, x.shape[-1]), self.weight, kept)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("backend", ["masked_dense", "cusparselt"])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_dense_weights(backend: Any, inner: Any) -> None:
+    """`GradientSparsity`: output and grad_input as dense float8 training has them, grad_weight estimated."""
+    dtype = torch.bfloat16
+    model, x = nn.Sequential(nn.Tanh(), nn.Linear(64, 128), nn.Tanh()).to(dtype), leaf(2, 24, 64, dtype=dtype)
+    scheme = sp.GradientSparsity(precision="float8", backend=backend)
+    built = sp.sparse_backend({"1": scheme}, model=model, inner=inner)
+    reference = copy.deepcopy(model)
+    reference[1] = DenseReference(reference[1])  # type: ignore[arg-type]
+    actual = run(torch.compile(model, backend=built), dict(model.named_parameters()), [x])
+    expected = run(reference, dict(reference.named_parameters()), [x])
+    gradient, exact = actual.gradients["1.weight"], expected.gradients["1.weight"]
+    assert gradient is not None
+    assert exact is not None
+    assert 0.1 < relative_error(gradient, exact) < 1.2
+    expected.gradients["1.weight"] = gradient
+    assert max(errors(actual, expected).values()) < 2e-2
+    (site,) = built.report.sites
+    kernel = {"masked_dense": "masked_dense", "cusparselt": "reference"}[backend]
+    assert (site.output, site.grad_input, site.grad_weight) == ("dense", "dense", kernel)
+    assert "no float8 matmul there: dense ones of the same numbers" in site.reason
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -557,6 +598,11 @@ def test_a_weight_that_is_quantized_already() -> None:
 def test_fields_and_pairs() -> None:
     with pytest.raises(ValueError, match=r"precision='fp8'.*'captured', 'float8'"):
         sp.WeightSparsity(precision="fp8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"'fc'.*precision='float8' is for a weight scheme alone"):
+    with pytest.raises(ValueError, match=r"'fc'.*precision='float8' is for one scheme alone"):
         sp.sparse_backend({"fc": (FLOAT8, sp.ActivationSparsity())})
+    with pytest.raises(ValueError, match=r"'fc'.*precision='float8' is for one scheme alone"):
+        sp.sparse_backend({"fc": (sp.GradientSparsity(precision="float8"), sp.ActivationSparsity())})
+    with pytest.raises(ValueError, match=r"precision='float8', grad_input='mvue'.*use grad_input='dense'"):
+        sp.GradientSparsity(precision="float8", grad_input="mvue")
     assert str(FLOAT8) == "w24(precision=float8)"
+    assert str(sp.GradientSparsity(precision="float8")) == "grad24(precision=float8)"

@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from expecttest import assert_expected_inline
 from graph_printer import capture, device, printed
+from networks import Up
 from support import TOLERANCE, errors, fresh_compile, invariants_checked, mask_by_hand, relative_error, run
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -82,7 +82,7 @@ def estimate_of(matrix: Tensor, drawn: Drawn) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """x [M, K] times w^T by the table of the README."""
+    """x [M, K] times w^T by the table of docs/schemes.md."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, scheme: Any, drawn: Drawn) -> Tensor:
@@ -471,103 +471,6 @@ def test_drawn_in_the_backward_and_reproduced_by_the_seed() -> None:
 # Graphs
 
 
-class Up(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(64, 128)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(x.sin())
-
-
-def rewritten(scheme: Any) -> str:
-    captured = capture(Up().bfloat16(), [leaf(13, 64, dtype=BF16)], {"up": scheme})
-    captured.check_invariants()
-    return captured.text.replace(", dtype=int64, layout=torch.strided, device=device(type='cpu'), pin_memory=False", "")
-
-
-def test_golden() -> None:
-    assert_expected_inline(
-        rewritten(BOTH),
-        """\
-sin = aten.sin(primals_1)
-permute = aten.permute(primals_2, [1, 0])  # up
-addmm = aten.addmm(primals_3, sin, permute)  # up
-permute_1 = aten.permute(permute, [1, 0])  # up, backward
-permute_2 = aten.permute(tangents_1, [1, 0])  # up, backward
-randint = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # up, backward
-mvue24 = sparse_pass.mvue24(permute_2, randint)  # up, backward
-permute_3 = aten.permute(mvue24, [1, 0])  # up, backward
-mm = aten.mm(permute_3, permute_1)  # up, backward
-randint_1 = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # up, backward
-mvue24_1 = sparse_pass.mvue24(tangents_1, randint_1)  # up, backward
-permute_4 = aten.permute(mvue24_1, [1, 0])  # up, backward
-mm_1 = aten.mm(permute_4, sin)  # up, backward
-permute_5 = aten.permute(mm_1, [1, 0])  # up, backward
-sum = aten.sum(tangents_1, [0], True)  # up, backward
-view = aten.view(sum)  # up, backward
-permute_6 = aten.permute(permute_5, [1, 0])  # up, backward
-cos = aten.cos(primals_1)  # backward
-mul = aten.mul(mm, cos)  # backward
-return addmm, mul, permute_6, view""",
-    )
-
-
-def test_golden_sparse() -> None:
-    assert_expected_inline(
-        rewritten(kernels(BOTH)),
-        """\
-sin = aten.sin(primals_1)
-permute = aten.permute(primals_2, [1, 0])  # up
-addmm = aten.addmm(primals_3, sin, permute)  # up
-permute_1 = aten.permute(permute, [1, 0])  # up, backward
-permute_2 = aten.permute(tangents_1, [1, 0])  # up, backward
-randint = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # up, backward
-sparsify_mvue = sparse_pass.sparsify_mvue(permute_2, randint)  # up, backward
-grad_input = sparse_pass.grad_input(sparsify_mvue, permute_1, 13)  # up, backward
-randint_1 = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # up, backward
-sparsify_mvue_sum = sparse_pass.sparsify_mvue_sum(tangents_1, randint_1)  # up, backward
-getitem = sparsify_mvue_sum[0]  # up, backward
-grad_weight = sparse_pass.grad_weight(getitem, sin, 128)  # up, backward
-permute_3 = aten.permute(grad_weight, [1, 0])  # up, backward
-getitem_1 = sparsify_mvue_sum[1]  # up, backward
-sum = aten.sum(getitem_1, [0], True)  # up, backward
-convert_element_type = prims.convert_element_type(sum, bfloat16)  # up, backward
-view = aten.view(convert_element_type)  # up, backward
-permute_4 = aten.permute(permute_3, [1, 0])  # up, backward
-cos = aten.cos(primals_1)  # backward
-mul = aten.mul(grad_input, cos)  # backward
-return addmm, mul, permute_4, view""",
-    )
-
-
-def test_golden_with_2_4_inputs() -> None:
-    assert_expected_inline(
-        rewritten(kernels((ACT, INPUT))),
-        """\
-sin = aten.sin(primals_1)
-permute = aten.permute(primals_2, [1, 0])  # up
-sparsify_input = sparse_pass.sparsify_input(sin, None, 'optimal', 'none')  # up
-getitem = sparsify_input[1]  # up
-getitem_1 = sparsify_input[0]  # up
-input_linear = sparse_pass.input_linear(getitem_1, primals_2, 13)  # up
-add = aten.add(input_linear, primals_3)  # up
-permute_1 = aten.permute(permute, [1, 0])  # up, backward
-permute_2 = aten.permute(tangents_1, [1, 0])  # up, backward
-randint = aten.randint(0, 4611686018427387904, [1], dtype=int64)  # up, backward
-sparsify_mvue = sparse_pass.sparsify_mvue(permute_2, randint)  # up, backward
-grad_input = sparse_pass.grad_input(sparsify_mvue, permute_1, 13)  # up, backward
-input_grad_weight = sparse_pass.input_grad_weight(getitem, tangents_1, 64)  # up, backward
-permute_3 = aten.permute(input_grad_weight, [1, 0])  # up, backward
-sum = aten.sum(tangents_1, [0], True)  # up, backward
-view = aten.view(sum)  # up, backward
-permute_4 = aten.permute(permute_3, [1, 0])  # up, backward
-cos = aten.cos(primals_1)  # backward
-mul = aten.mul(grad_input, cos)  # backward
-return add, mul, permute_4, view""",
-    )
-
-
 @pytest.mark.parametrize(
     ("model", "dtype", "kernel", "reason"),
     [
@@ -598,7 +501,7 @@ def test_what_the_kernels_do_not_take(model: nn.Module, dtype: torch.dtype, kern
 )
 def test_reasons(limits: Limits, scheme: Any, reason: str) -> None:
     """What is computed does not depend on the device."""
-    captured = capture(Up().bfloat16(), [leaf(8, 64, dtype=BF16)], {"up": scheme}, limits=device(limits))
+    captured = capture(Up(bias=True).bfloat16(), [leaf(8, 64, dtype=BF16)], {"up": scheme}, limits=device(limits))
     captured.check_invariants()
     (site,) = captured.report.sites
     assert (site.output, site.grad_input) == ("dense", "masked_dense" if reason else "cusparselt")
@@ -743,8 +646,9 @@ def test_explain() -> None:
 
 def test_every_field_is_part_of_the_key_of_compile_caches() -> None:
     other = {"grad_weight": "dense", "grad_input": "dense", "backend": "masked_dense"}
-    assert set(other) == {field.name for field in fields(sp.GradientSparsity)}
+    assert {*other, "precision"} == {field.name for field in fields(sp.GradientSparsity)}
     schemes = [BOTH, *(replace(BOTH, **{name: value}) for name, value in other.items()), (ACT, BOTH), (BOTH, ACT)]
+    schemes.append(replace(BOTH, grad_input="dense", precision="float8"))
     assert len({sp.SparsePass({"fc": scheme}).uuid() for scheme in schemes}) == len(schemes)
 
 

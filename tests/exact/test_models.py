@@ -220,7 +220,7 @@ INDUCTOR = {
 
 @pytest.mark.parametrize("dynamic", [False, "batch"], ids=["static", "dynamic"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.loops] * (name == "block")) for name in CASES])
 def test_model(name: str, checkpointed: bool, dynamic: bool | str) -> None:
     case = CASES[name]
     inner = "inductor" if INDUCTOR.get(name) == (checkpointed, dynamic) else "aot_eager"
@@ -256,6 +256,7 @@ def test_autocast(name: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.loops
 def test_autocast_through_inductor() -> None:
     compare(
         MLP(), {"fc1": W24, "fc2": W24}, (features(2),),

@@ -335,8 +335,11 @@ SETTINGS = {
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize(
     ("inner", "setting"),
-    # Random numbers of Inductor are its own.
-    [*(("inductor", one) for one in SETTINGS), *(("aot_eager", one) for one in SETTINGS if one != "fallback_random")],
+    # Random numbers of Inductor are its own, as its loops draw them.
+    [
+        *(pytest.param("inductor", one, marks=pytest.mark.loops) for one in SETTINGS),
+        *(("aot_eager", one) for one in SETTINGS if one != "fallback_random"),
+    ],
 )
 def test_new_in_every_step_and_reproduced_by_the_seed(inner: str, setting: str, checkpointed: bool) -> None:
     """Beside dropout, and for two layers of one shape: neither Inductor nor a partitioner makes one seed of two."""

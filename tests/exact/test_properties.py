@@ -2,7 +2,8 @@ r"""Random networks: compiled with the pass, each computes what its straight-thr
 
 A failing example is printed as a line of Python that runs it again. The environment sets how long and where::
 
-    SPARSE_PASS_EXAMPLES=5000   examples of each inner compiler (default: 240 by aot_eager, 12 by Inductor)
+    SPARSE_PASS_EXAMPLES=5000   examples of each inner compiler (default: 240 by aot_eager, 15 by Inductor, a third of
+                                these with its loops; if set: all with its loops)
     SPARSE_PASS_INNER=inductor  only this inner compiler
     SPARSE_PASS_SEED=1          other examples (default: 0); Hypothesis' own seed is not used
     SPARSE_PASS_DEVICE=cuda     where the networks live (default: cpu)
@@ -49,7 +50,7 @@ from random_networks import (
     meant,
     places,
 )
-from random_reference import has_kernel, is_float8, reference_of
+from random_reference import has_kernel, reference_of
 from random_seen import Match, Seen
 from support import TOLERANCE, Result, errors, fresh_compile, invariants_checked, run, twins
 from torch import Tensor, nn
@@ -57,13 +58,14 @@ from torch._inductor import config as inductor_config
 from torch.utils._pytree import tree_map
 
 import sparse_pass as sp
-from sparse_pass.config import gradient_scheme, input_scheme, weight_scheme
+from sparse_pass.config import gradient_scheme, input_scheme, is_float8, weight_scheme
 
 DEVICE = os.environ.get("SPARSE_PASS_DEVICE", "cpu")
 SEED = int(os.environ.get("SPARSE_PASS_SEED", "0"))
 INNERS = [os.environ["SPARSE_PASS_INNER"]] if "SPARSE_PASS_INNER" in os.environ else ["aot_eager", "inductor"]
-EXAMPLES = {"aot_eager": 240, "inductor": 12}
-SHARDS = {"aot_eager": 4, "inductor": 2}
+EXAMPLES = {"aot_eager": 240, "inductor": 15}
+SHARDS = {"aot_eager": 4, "inductor": 3}
+ALL_LOOPS = DEVICE != "cpu" or "SPARSE_PASS_EXAMPLES" in os.environ
 
 KERNEL = "cusparselt" if DEVICE == "cuda" else "reference"
 
@@ -262,7 +264,8 @@ def _check_site(site: sp.Site, place: Place, layer: Layer, dtype: torch.dtype) -
         if kernel is None or gemm in left_dense:
             continue
         if expected is None:
-            assert kernel == "dense", f"{gemm}: {site}"
+            # By the matmul that torch has for float8 on a GPU.
+            assert kernel == "dense" or (kernel == "float8" and is_float8(site.scheme)), f"{gemm}: {site}"
         elif not expected:
             # Half of a weight may have another N that fits.
             assert kernel == "masked_dense" or (kernel == KERNEL and layer.way == "halves"), f"{gemm}: {site}"
@@ -312,7 +315,11 @@ def _reproduce(example: Example, inner: str) -> str:
 
 
 def shards() -> list[Any]:
-    return [pytest.param(inner, shard, id=f"{inner}-{shard}") for inner in INNERS for shard in range(SHARDS[inner])]
+    return [
+        pytest.param(inner, shard, id=f"{inner}-{shard}", marks=[pytest.mark.loops] * (ALL_LOOPS or shard == 2))
+        for inner in INNERS
+        for shard in range(SHARDS[inner])
+    ]
 
 
 @pytest.mark.slow
@@ -368,6 +375,7 @@ DRAWN = replace(PLAIN, config=(("blocks.*.fc", sp.WeightSparsity(grad_weight="mv
 GRADIENTS = replace(PLAIN, config=(("blocks.*.fc", sp.GradientSparsity(grad_input="mvue")),), batch=(12,))
 FLOAT8 = replace(PLAIN, config=(("blocks.*.fc", sp.WeightSparsity(precision="float8")),))
 DRAWN_FLOAT8 = replace(DRAWN, config=(("blocks.*.fc", sp.WeightSparsity(precision="float8", grad_weight="mvue")),))
+DENSE_FLOAT8 = replace(DRAWN, config=(("blocks.*.fc", sp.GradientSparsity(precision="float8")),))
 PAIR = replace(PLAIN, config=(("blocks.*.fc", (sp.WeightSparsity(), sp.ActivationSparsity())),))
 
 
@@ -397,6 +405,7 @@ WRONG = {
     "first not in float8": (FLOAT8, instead(sp.WeightSparsity(), "blocks.0.fc")),
     "last not in float8": (FLOAT8, instead(sp.WeightSparsity(), "blocks.1.fc")),
     "float8 scaled": (FLOAT8, instead(sp.WeightSparsity(precision="float8", scale=1.05))),
+    "dense weights not in float8": (DENSE_FLOAT8, instead(sp.GradientSparsity(), "blocks.0.fc")),
     "estimates not in float8": (DRAWN_FLOAT8, instead(sp.WeightSparsity(grad_weight="mvue"))),
     "inputs alone": (PAIR, instead(sp.ActivationSparsity())),
     "weights alone": (PAIR, instead(sp.WeightSparsity())),
@@ -421,6 +430,7 @@ RIGHT = {
     "gradients": GRADIENTS,
     "float8": FLOAT8,
     "drawn in float8": DRAWN_FLOAT8,
+    "dense in float8": DENSE_FLOAT8,
     "float8 kernels": replace(
         DRAWN_FLOAT8,
         layers=(Layer(width=64, activation="tanh"), Layer(width=128)),

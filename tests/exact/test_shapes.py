@@ -69,6 +69,7 @@ def test_input_shape(shape: tuple[int, ...], bias: bool) -> None:
     compare(Two(bias=bias), BOTH, (leaf(*shape),))
 
 
+@pytest.mark.loops
 @pytest.mark.parametrize(("shape", "bias"), [((8,), True), ((1, 8), False)], ids=str)
 def test_one_row_through_inductor(shape: tuple[int, ...], bias: bool) -> None:
     """Inductor's CPU decompositions make a product and a sum of a one-row matmul."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sparse_pass as sp
 from sparse_pass.ops import definitions as ops  # noqa: F401  (registers torch.ops.sparse_pass)
 from sparse_pass.ops.reference import float8, weights
+from sparse_pass.plan import dense_float8
 from sparse_pass.plan import weights as plan_weights
 from sparse_pass.vocabulary import FLOAT8
 
@@ -115,6 +116,34 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dense_weights_in_float8(autocast):
+    """By torch._scaled_mm and a 2:4 estimate, against dense matmuls of the same numbers."""
+    torch.manual_seed(0)
+    model = Mlp().cuda() if autocast else Mlp().cuda().bfloat16()
+    x = torch.randn(2, 128, 256, device="cuda", dtype=next(model.parameters()).dtype, requires_grad=True)
+    results = []
+    for has_scaled_mm in (True, False):
+        torch._dynamo.reset()
+        backend = sp.sparse_backend({"re:fc.": sp.GradientSparsity(precision="float8")}, model=model, tune="off")
+        with (
+            mock.patch.object(dense_float8, "has_scaled_mm", return_value=has_scaled_mm),
+            torch._inductor.config.patch(force_disable_caches=True),
+            torch.autocast("cuda", torch.bfloat16, enabled=autocast),
+        ):
+            torch.manual_seed(1)
+            y = torch.compile(model, backend=backend)(x)
+        y.float().square().mean().backward()
+        found = {"y": y, "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+        results.append({name: value.detach().double().clone() for name, value in found.items()})
+        kernels = {(site.output, site.grad_input, site.grad_weight) for site in backend.report.sites}
+        assert kernels == {("float8", "float8", "cusparselt") if has_scaled_mm else ("dense", "dense", "cusparselt")}
+        x.grad = None
+        model.zero_grad()
+    for name, value in results[0].items():
+        assert relative_error(value, results[1][name]) < (0.2 if name == "fc1.weight" else 5e-2), name
+
+
 @pytest.mark.parametrize("grad_weight", ["dense", "mvue"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rows", [256, 200])
@@ -149,4 +178,6 @@ def test_compiled_is_masked_dense(grad_weight, autocast, rows):
     for way in ("cusparselt", "scaled_mm"):
         for name, value in results[way].items():
             # What is next to the middle of two numbers of float8 rounds to either, as it is rounded to bfloat16 before.
-            assert relative_error(value, results["masked_dense"][name]) < 5e-2, (way, name)
+            # An estimate of a gradient that differs by so little keeps another element once in a hundred times.
+            bound = 0.2 if (grad_weight, name) == ("mvue", "fc1.weight") else 5e-2
+            assert relative_error(value, results["masked_dense"][name]) < bound, (way, name)

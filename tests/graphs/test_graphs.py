@@ -33,6 +33,8 @@ MVUE = sp.WeightSparsity(grad_weight="mvue")
 SPARSE = sp.WeightSparsity(backend="cusparselt")
 SPARSE_ACT = sp.ActivationSparsity(backend="cusparselt")
 SPARSE_MVUE = sp.WeightSparsity(grad_weight="mvue", backend="cusparselt")
+GRADIENTS = sp.GradientSparsity(grad_input="mvue")
+SPARSE_GRADIENTS = sp.GradientSparsity(grad_input="mvue", backend="cusparselt")
 
 
 class Block(nn.Module):
@@ -132,6 +134,7 @@ class Case:
 
 THREE_DIMS = ((2, 8, 64),)
 FEW_AND_MANY = ((8, 64), (128, 64))
+TILES_TO_PAD = ((13, 64),)
 
 
 def measured(few: tuple[float, float], many: tuple[float, float]) -> dict[str, Any]:
@@ -174,6 +177,14 @@ CASES = {
     "input-fused-sparse": Case(lambda: FusedMlp(squared_relu), {"down": SPARSE_ACT}),
     "input-fused-inference-sparse": Case(
         lambda: FusedMlp(lambda h, gate: F.silu(h) * gate, "linear"), {"down": SPARSE_ACT}, trained=False
+    ),
+    # 2:4 gradients of dense weights
+    "gradients": Case(lambda: Up(bias=True), {"up": GRADIENTS}, TILES_TO_PAD),
+    "gradients-sparse": Case(lambda: Up(bias=True), {"up": SPARSE_GRADIENTS}, TILES_TO_PAD),
+    "gradient-and-input-sparse": Case(
+        lambda: Up(bias=True),
+        {"up": (SPARSE_ACT, sp.GradientSparsity(grad_weight="dense", grad_input="mvue", backend="cusparselt"))},
+        TILES_TO_PAD,
     ),
     # Both
     "pair": Case(Up, {"up": (W24, sp.ActivationSparsity(mask="rowwise"))}),

@@ -419,21 +419,28 @@ _inputs = st.builds(
     grad_input=st.sampled_from(["dense", "masked"]),
     backend=_backends,
 )
-_gradients = st.builds(
-    lambda estimated, backend: sp.GradientSparsity(
-        grad_weight="mvue" if "grad_weight" in estimated else "dense",
-        grad_input="mvue" if "grad_input" in estimated else "dense",
-        backend=backend,
-    ),
-    st.sampled_from(["grad_weight", "grad_input", "grad_weight grad_input"]),
-    _backends,
-)
-_of_pairs = st.one_of(_weights(("dense", "masked", "mvue")), _gradients)
+
+
+def _gradients(*precision: str) -> st.SearchStrategy[sp.GradientSparsity]:
+    return st.builds(
+        lambda estimated, precision, backend: sp.GradientSparsity(
+            grad_weight="mvue" if "grad_weight" in estimated else "dense",
+            grad_input="mvue" if "grad_input" in estimated else "dense",
+            precision="captured" if "grad_input" in estimated else precision,
+            backend=backend,
+        ),
+        st.sampled_from(["grad_weight", "grad_input", "grad_weight grad_input"]),
+        st.sampled_from(["captured", *precision]),
+        _backends,
+    )
+
+
+_of_pairs = st.one_of(_weights(("dense", "masked", "mvue")), _gradients())
 schemes = st.one_of(
     _weights(("dense", "masked"), "float8"),
     _weights(("mvue",), "float8"),
     _inputs,
-    _gradients,
+    _gradients("float8"),
     st.one_of(st.tuples(_of_pairs, _inputs), st.tuples(_inputs, _of_pairs)),
 )
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_pass as sp
-from sparse_pass.config import gradient_scheme, input_scheme, weight_scheme
+from sparse_pass.config import gradient_scheme, input_scheme, is_float8, weight_scheme
 
 
 class Product(torch.autograd.Function):
-    """x [M, K] times w^T [K, N] and b, by the table of the README. s is S(w), kept its mask."""
+    """x [M, K] times w^T [K, N] and b, by the table of docs/schemes.md. s is S(w), kept its mask."""
 
     @staticmethod
     def forward(
@@ -74,11 +74,6 @@ class Product(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 
-def is_float8(scheme: Scheme) -> bool:
-    on_weight = weight_scheme(scheme)
-    return on_weight is not None and on_weight.precision == "float8"
-
-
 def _estimated_grad_weight(ctx: Any, grad: Tensor, x: Tensor, read: Tensor) -> Tensor:
     if not is_float8(ctx.scheme):
         return ctx.match.grad(grad, ctx.name, "grad_weight").T @ x  # type: ignore[no-any-return]
@@ -113,10 +108,10 @@ def _multiplied(x: Tensor, block: Block, scheme: Scheme, match: Match, name: str
     weight, kept = fc.weight.to(dtype), None
     if on_weight is not None:
         kept = sp.mask24(fc.weight, on_weight.mask)
-    if on_weight is not None and is_float8(scheme):
+    if is_float8(scheme):
         # In the dtype of the parameter, by the scale of all of it.
-        made = _sparse(fc.weight.detach(), kept, scheme)
-        structured = match.float8.known(made, scale_by_hand(fc.weight, on_weight.factor)).to(dtype)
+        scale = scale_by_hand(fc.weight, 1 if on_weight is None else on_weight.factor)
+        structured = match.float8.known(_sparse(fc.weight.detach(), kept, scheme), scale).to(dtype)
     else:
         structured = _sparse(weight.detach(), kept, scheme)
     if way == "Conv1D":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from compile_time import quick_dynamo
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
@@ -232,8 +232,7 @@ def fresh_compile() -> Iterator[None]:
         # Not force_disable_caches: it would compile the C++ headers again for every kernel.
         torch._inductor.config.patch(force_disable_caches=False, fx_graph_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
-        # pytest's handlers would have torch format every event of its trace log: 40% of a compile's time.
-        mock.patch.object(logging.getLogger("torch.__trace"), "handlers", []),
+        quick_dynamo(),
     ):
         yield
     torch._dynamo.reset()

@@ -1,11 +1,16 @@
-"""The loops that people train with: PEFT, Lightning Fabric, and what torchtitan does in its order."""
+"""The loops that people train with: PEFT, Lightning Fabric, timm, and what torchtitan does in its order. Who refuses.
+
+The shortest code for each of them is in docs/clients.md, which tests/test_docs.py runs."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +18,13 @@ import torch
 from stack import Stack
 from support import relative_error
 from torch import Tensor, nn
+from torch._dynamo.backends import registry
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import sparse_pass as sp
+from sparse_pass import registered
+from sparse_pass.registered import RegisteredBackend
 
 W24 = sp.WeightSparsity()
 
@@ -203,3 +211,44 @@ def test_fsdp1(when: str) -> None:
     torch.testing.assert_close(output, reference(x))
     assert layers(report) == {f"blocks.{i}.fc1" for i in range(3)}
     assert (report.uncaptured, report.unmatched) == ((), ())
+
+
+# By the name of the backend
+
+
+def test_lists_of_backends() -> None:
+    """transformers and accelerate take the backends of a list of their own, as the page says."""
+    transformers = pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate.utils")
+    with pytest.raises(ValueError, match="'SPARSE_PASS' is not a valid DynamoBackend"):
+        accelerate.TorchDynamoPlugin(backend="sparse_pass")
+    arguments = transformers.TrainingArguments(torch_compile_backend="sparse_pass", use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="'SPARSE_PASS' is not a valid DynamoBackend"):
+        transformers.Trainer(Stack(), arguments)
+
+
+def test_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its train script does with `--torchcompile sparse_pass`: a name and a mode, no options."""
+    for name in ("torchvision", "timm"):
+        pytest.importorskip(name)
+    import timm
+    from timm.task import ClassificationTask
+
+    names = {f"blocks.{i}.mlp.fc{j}" for i in range(12) for j in (1, 2)}
+    path = tmp_path / "sparse.json"
+    path.write_text(json.dumps(sp.config_to_dict({"blocks.*.mlp.fc*": W24})))
+    monkeypatch.setenv("SPARSE_PASS_CONFIG", str(path))
+    monkeypatch.setitem(registry._BACKENDS, "sparse_pass", None)
+    monkeypatch.setitem(registry._COMPILER_FNS, "sparse_pass", by_name := RegisteredBackend())
+    monkeypatch.setattr(by_name, "_tags", (), raising=False)
+    monkeypatch.setattr(registered, "sparse_backend", functools.partial(sp.sparse_backend, inner="aot_eager"))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10)
+    reference = pruned(model, {"blocks.*.mlp.fc*": W24})
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task.compile(backend="sparse_pass", mode=None)
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    with silence():
+        result = task(images, labels)
+        result["loss"].backward()
+    torch.testing.assert_close(result["output"], reference(images))
+    assert layers(by_name.report) == names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -93,9 +94,21 @@ def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
 
 
+@pytest.mark.loops
 @pytest.mark.parametrize("shape", [(16, 64), (2, 8, 64)], ids=str)
 def test_direct_calls(model: nn.Module, shape: tuple[int, ...]) -> None:
     assert calls(model, leaf(*shape)) == (DIRECT, {})
+
+
+@pytest.mark.parametrize("loops", [False, pytest.param(True, marks=pytest.mark.loops)], ids=["ATen", "loops"])
+def test_inductor_writes_loops_where_a_test_asks_for_them(model: nn.Module, loops: bool) -> None:
+    """The tests themselves: without loops the kernels are called as directly, and ATen for all around them."""
+    with fresh_compile(), torch.no_grad():
+        compiled = torch.compile(model, backend=sp.sparse_backend(BOTH))
+        _, (code,) = run_and_get_code(lambda: compiled(torch.randn(16, 64, dtype=torch.bfloat16)))
+    assert code.count("linear_into(") == 2
+    loops |= "SPARSE_PASS_LOOPS" in os.environ
+    assert ("ops.aten.sin.default(" in code, "cpp_pybinding(" in code) == (not loops, loops)
 
 
 def test_rows_that_must_be_padded(model: nn.Module) -> None:
@@ -114,6 +127,7 @@ class Heads(nn.Module):
         return self.q(x) * self.k(x) + self.v(x)
 
 
+@pytest.mark.loops
 def test_rows_are_padded_once_for_all_readers() -> None:
     model = Heads().bfloat16()
     config = dict.fromkeys("qkv", KERNELS)
@@ -135,6 +149,7 @@ def test_rows_known_to_be_a_multiple(model: nn.Module) -> None:
     assert calls(model, x) == (DIRECT, {})
 
 
+@pytest.mark.loops
 def test_operands_in_any_strides(model: nn.Module) -> None:
     """The kernels want their rows contiguous; a transposed weight is read as it lies."""
     model.up.weight = nn.Parameter(model.up.weight.detach().t().contiguous().t())
@@ -146,6 +161,7 @@ INPUT_CALLS = {"sparsify_input": 1, "input_linear_into": 1, "input_grad_weight_i
 GRADIENT_CALLS = {"sparsify": 1, "linear_into": 2, "grad_weight_into": 1}
 
 
+@pytest.mark.loops
 def test_direct_calls_for_inputs_and_gradients(model: nn.Module) -> None:
     found = calls(model, leaf(2, 32, 64), INPUT_AND_GRADIENT)
     assert found == ({**INPUT_CALLS, **GRADIENT_CALLS, "sparsify_mvue_sum": 1}, {})

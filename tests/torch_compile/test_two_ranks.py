@@ -12,11 +12,13 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from compile_time import no_loops, quick_dynamo
 from stack import HAS_GLOO, NAMED, Stack
 from support import in_threads, python_environment, relative_error
 from torch import Tensor, nn
@@ -81,7 +83,8 @@ def rank(device_type: str, *kinds: str) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     for kind in kinds:
-        train(device, kind)
+        with nullcontext() if on_gpu else no_loops(), quick_dynamo():
+            train(device, kind)
         print(f"gradients agree: {kind}.\n", end="", flush=True)  # in one write: the other rank writes, too
     dist.destroy_process_group()
 
