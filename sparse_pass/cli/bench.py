@@ -82,7 +82,8 @@ def measured(costs: Costs, shapes: Iterable[Shape], device: torch.device, dtype:
 def _with_progress(shapes: Sequence[Shape]) -> Iterable[Shape]:
     from rich.progress import track
 
-    return track(shapes, description="measuring")
+    shown: Iterable[Shape] = track(shapes, description="measuring")
+    return shown
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
