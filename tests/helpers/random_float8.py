@@ -142,5 +142,7 @@ def _far(numbers: Tensor, own: Tensor) -> float:
 
 
 def _nearest(own: Tensor, among: list[Tensor]) -> tuple[float, int]:
-    """How far it is, and its number."""
-    return min(((_far(one, own), at) for at, one in enumerate(among)), default=(float("inf"), -1))
+    """How far it is, and its number; of those as far, as zeros are, the largest."""
+    distances = ((_far(one, own), -one.numel(), at) for at, one in enumerate(among))
+    far, _, at = min(distances, default=(float("inf"), 0, -1))
+    return far, at
