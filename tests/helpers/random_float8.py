@@ -2,13 +2,13 @@
 
 A number next to the middle of two of float8 becomes either of them, depending on a last bit, and then differs by up to
 an eighth. So the reference rounds the numbers that the operators of the compiled network were given, by its own hand.
-It assigns them by rank, the smallest to its own smallest: a network rounds a tensor before the views that bring it to
-a matmul, in whatever order it lies in memory.
+A network rounds a tensor before the views that bring it to a matmul, so its dims may be in another order there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +19,12 @@ from torch import Tensor
 class Rounding(NamedTuple):
     """A tensor that is rounded."""
 
-    numbers: Tensor
-    """All of it, sorted."""
+    tensor: Tensor
     scale: float
 
-    def gives(self, products: Tensor) -> bool:
-        """Whether these are its float8 numbers, sorted and times the scale."""
-        return _far(rounded(self.numbers.float(), self.scale) * self.scale, products) == 0
+    def gives(self, scaled: Tensor) -> bool:
+        """Whether these are its float8 numbers, times the scale."""
+        return _far(rounded(self.tensor.float(), self.scale) * self.scale, scaled) == 0
 
 
 class SeenFloat8:
@@ -36,7 +35,7 @@ class SeenFloat8:
         self.multiplied: set[int] = set()
         """Which of these float8 products read."""
         self.others: list[Tensor] = []
-        """What such products read beside, sorted and times its scale: Inductor rounds in kernels that nobody sees."""
+        """What such products read beside, times its scale: Inductor rounds in kernels that nobody sees."""
         self.watched: Mapping[str, Callable[..., None]] = {
             "round_float8": self.round,
             "quantize_float8": self.round,
@@ -47,17 +46,16 @@ class SeenFloat8:
 
     def round(self, tensor: Tensor, scale: Tensor) -> None:
         if tensor.numel():
-            self.rounded.append(Rounding(_sorted(tensor), float(scale)))
+            self.rounded.append(Rounding(tensor.detach().clone(), float(scale)))
 
     def _pack(self, weight: Tensor, scale: Tensor, mask: str, factor: float = 1.0) -> None:
         assert float(scale) == scale_by_hand(weight, factor), "another scale of a packed weight"
 
     def _multiply(self, x: Tensor, *rest: Any, **kwargs: Any) -> None:
         if x.dtype == torch.float8_e4m3fn and x.numel():
-            numbers = _sorted(x.float())
-            made = {at for at, one in enumerate(self.rounded) if one.gives(numbers)}
+            made = {at for at, one in enumerate(self.rounded) if one.gives(x.float())}
             self.multiplied |= made
-            self.others += [] if made else [numbers]
+            self.others += [] if made else [x.float()]
 
 
 class _Made(NamedTuple):
@@ -94,20 +92,19 @@ class MatchFloat8:
     def known(self, tensor: Tensor, scale: float) -> Tensor:
         """What becomes of a tensor that the network must have with the same bits."""
         if tensor.numel():
-            self._taken.append(Rounding(_sorted(tensor), scale))
+            self._taken.append(Rounding(tensor, scale))
         return rounded(tensor, scale)
 
     def _nearest(self, x: Tensor) -> _Made:
-        own, scale = _sorted(x), scale_by_hand(x)
-        far, at = _nearest(own, [one.numbers for one in self._seen.rounded])
-        own = rounded(own.float(), scale) * scale
-        other_far, other_at = _nearest(own, self._seen.others)
+        scale = scale_by_hand(x)
+        far, at = _nearest(x, [one.tensor for one in self._seen.rounded])
+        other_far, other_at = _nearest(rounded(x.float(), scale) * scale, self._seen.others)
         assert min(far, other_far) < 0.5, f"no input or grad_output like this {list(x.shape)} was rounded"
         if other_far < far:
-            given = _in_the_order_of(x, self._seen.others[other_at]) / scale
+            given = _in_the_order_of(x, self._seen.others[other_at] / scale)
             return _Made(given, True, given, True)
         self._taken.append(taken := self._seen.rounded[at])
-        given = _in_the_order_of(x, taken.numbers)
+        given = _in_the_order_of(x, taken.tensor)
         assert taken.scale == scale_by_hand(given), f"rounded times {taken.scale}"
         return _Made(given, False, rounded(given, taken.scale), at in self._seen.multiplied)
 
@@ -115,32 +112,44 @@ class MatchFloat8:
         """Nothing was rounded that the reference has not, and nothing by another scale."""
         for one in self._seen.rounded:
             found = any(
-                one.scale == other.scale and _far(one.numbers, other.numbers) <= tolerance for other in self._taken
+                one.scale == other.scale and _far(one.tensor, other.tensor) <= tolerance for other in self._taken
             )
-            assert found, f"{one.numbers.numel()} numbers were rounded, times {one.scale}, that the reference has not"
+            assert found, f"{list(one.tensor.shape)} was rounded, times {one.scale}, that the reference has not"
 
 
 def _sorted(tensor: Tensor) -> Tensor:
     return tensor.detach().flatten().sort().values
 
 
-def _in_the_order_of(x: Tensor, numbers: Tensor) -> Tensor:
-    """Sorted numbers in the shape of a tensor, the smallest where that has its smallest. What is expanded was rounded
-    before."""
-    result = numbers.new_empty(x.numel())
-    result[x.detach().flatten().argsort()] = numbers.repeat_interleave(x.numel() // numbers.numel())
-    return result.view(x.shape)
-
-
-def _far(numbers: Tensor, own: Tensor) -> float:
-    """Relative distance, where both are sorted."""
-    if own.numel() % numbers.numel():
+def _far(one: Tensor, other: Tensor) -> float:
+    """Relative distance of the numbers in two tensors, in whatever order. The other one may be expanded."""
+    if other.numel() % one.numel():
         return float("inf")
-    repeated = numbers.double().repeat_interleave(own.numel() // numbers.numel())
-    difference, norm = (repeated - own.double()).norm(), own.double().norm()
-    return float(difference / norm) if norm else float(difference)
+    expected = _sorted(other).double()
+    difference = _sorted(one).double().repeat_interleave(other.numel() // one.numel()) - expected
+    norm = expected.norm()
+    return float(difference.norm() / norm) if norm else float(difference.norm())
 
 
-def _nearest(own: Tensor, among: list[Tensor]) -> tuple[float, int]:
-    """How far it is, and its number."""
-    return min(((_far(one, own), at) for at, one in enumerate(among)), default=(float("inf"), -1))
+def _nearest(x: Tensor, among: list[Tensor]) -> tuple[float, int]:
+    """How far it is, and its number; of those as far, as zeros are, the largest."""
+    distances = ((_far(one, x), -one.numel(), at) for at, one in enumerate(among))
+    far, _, at = min(distances, default=(float("inf"), 0, -1))
+    return far, at
+
+
+def _in_the_order_of(x: Tensor, tensor: Tensor) -> Tensor:
+    """What is given of a tensor, as the tensor has it.
+
+    That is by some order of dims; else, as of what is expanded afterwards, by rank: the smallest number goes where that
+    has its smallest. Two that are nearly alike may be exchanged by that.
+    """
+    x = x.detach()
+    if tensor.numel() == x.numel():
+        for dims in permutations(range(tensor.dim())):
+            moved = tensor.permute(dims).reshape(x.shape)
+            if (moved.double() - x.double()).norm() <= 0.1 * x.double().norm():
+                return moved
+    result = tensor.new_empty(x.numel())
+    result[x.flatten().argsort()] = _sorted(tensor).repeat_interleave(x.numel() // tensor.numel())
+    return result.view(x.shape)
