@@ -84,10 +84,12 @@ class WeightSparsity:
     """``"captured"``: GEMMs multiply in the dtype that the graph has. ``"float8"``: those of output and grad_input
     multiply values rounded to float8_e4m3fn, the input, grad_output and S(weight), each times a power of two: the
     largest at which the largest magnitude of the tensor is at most 448 (of all of the stored weight, masked or not).
-    Sums are float32, results have the captured dtype. ``grad_weight="mvue"`` is in float8 as well, with the values of
+    A 2:4 product is rounded to bfloat16 and then divided by the scales; results have the captured dtype. Tensor cores
+    add float8 in somewhat less than float32. ``grad_weight="mvue"`` is in float8 as well, with the values of
     the input that output multiplies; ``"dense"`` and ``"masked"`` stay in the captured precision. Kernels need compute
-    capability 9.0, 16-bit GEMMs, and N and K to be multiples of 64; other GEMMs go to ``torch._scaled_mm`` (8.9 and
-    newer), or are dense matmuls of the same numbers."""
+    capability 9.0, 16-bit GEMMs, and N and K to be multiples of 64. Other GEMMs of output and grad_input go to
+    ``torch._scaled_mm`` (8.9 and newer, multiples of 16, not with ``backend="masked_dense"``), or are dense matmuls of
+    the same numbers."""
 
     backend: Backend = "auto"
     """``"auto"``: cuSPARSELt where it can run, else masked_dense. ``"cusparselt"``: the same, and on a CPU

@@ -165,20 +165,27 @@ class RoundedOperands:
         assert rounded is not None
         assert use is not None
         rows, sizes = self._rows(plan)
-        # The second operand has the dim first in memory that it is multiplied over.
-        turned = edit.call_before(gemm, aten.permute.default, (weight, [1, 0]))
-        if not reads_rows(use):
-            contiguous = {"memory_format": torch.contiguous_format}
-            turned = edit.call_before(gemm, aten.clone.default, (turned,), contiguous)
-            turned = edit.call_before(gemm, aten.permute.default, (turned, [1, 0]))
+        rows = self._row_by_row(rows, gemm)
+        # The second operand is the transpose of a matrix that is stored row by row.
+        matrix = weight if reads_rows(use) else edit.call_before(gemm, aten.permute.default, (weight, [1, 0]))
+        turned = edit.call_before(gemm, aten.permute.default, (self._row_by_row(matrix, gemm), [1, 0]))
         scales = (self._scales[rounded], self._scale_of_weight(plan.prepared))
         inverse = [edit.call_before(gemm, aten.reciprocal.default, (scale,)) for scale in scales]
         bias, dtype = bias_of(gemm), gemm.meta["val"].dtype
-        fused = bias if isinstance(bias, Node) and bias.meta["val"].dim() == 1 else None
-        # As torchao: sums of gradients in full precision.
-        arguments = (rows, turned, *inverse, fused, None, dtype, plan.gemm.name == "output")
+        fused = bias if isinstance(bias, Node) and bias.meta["val"].shape == gemm.meta["val"].shape[-1:] else None
+        # Fast accumulation, as the 2:4 kernels have it.
+        arguments = (rows, turned, *inverse, fused, None, dtype, True)
         result = edit.call_before(gemm, aten._scaled_mm.default, arguments)
         edit.finish_gemm(gemm, result, bias if fused is None else None, sizes)
+
+    def _row_by_row(self, matrix: Node, before: Node) -> Node:
+        """The matrix, or a copy that is stored row by row."""
+        value = matrix.meta["val"]
+        known = all(isinstance(size, int) for size in (*value.shape, *value.stride()))
+        if known and value.is_contiguous():
+            return matrix
+        contiguous = {"memory_format": torch.contiguous_format}
+        return self._edit.call_before(before, aten.clone.default, (matrix,), contiguous)
 
     def _rows(self, plan: GemmPlan) -> tuple[Node, Sequence[Any]]:
         """The dense operand quantized, [M, ...], and the sizes that it had."""

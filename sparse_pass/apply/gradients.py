@@ -47,11 +47,11 @@ def estimate_gradients(edit: Editor, part: Part, rounded: RoundedOperands) -> No
     for plan in part.gemms:
         gemm, place = plan.gemm.node, plan.gemm.places["grad_output"]
         estimator = ESTIMATORS[plan.prepared.structure]
-        # The dim that the GEMM contracts over comes first: M for grad_weight, N for grad_input.
-        grad_output = edit.contracted_first(gemm, place)
         if plan.estimated is not None and plan.packed is not None:
             edit.finish_gradient(gemm, rounded.multiply_estimate(plan), turned=place == 1)
             continue
+        # The dim that the GEMM contracts over comes first: M for grad_weight, N for grad_input.
+        grad_output = edit.contracted_first(gemm, place)
         arguments = [grad_output, edit.seed(gemm)] if estimator.random else [grad_output]
         if plan.packed is None:
             kept = edit.call_before(gemm, _operator(estimator.dense), tuple(arguments))

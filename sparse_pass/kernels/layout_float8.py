@@ -47,7 +47,7 @@ def pair(first, second, scale):
     if _INTERPRETED:
         return _number(first) | (_number(second) << 8)
     else:
-        # Both in one instruction. Of two conversions of Triton 3.6 one gave a constant, in mvue_float8.
+        # Both in one instruction. Triton 3.6 miscompiled one of two separate conversions in mvue_float8: a constant.
         asm: tl.constexpr = "{ .reg .b16 both; cvt.rn.satfinite.e4m3x2.f32 both, $2, $1; cvt.u32.u16 $0, both; }"
         return tl.inline_asm_elementwise(asm, "=r,f,f", [first, second], tl.int32, True, 1)
 

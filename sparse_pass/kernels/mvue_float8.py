@@ -1,7 +1,7 @@
 """dY [M, N] -> q(MVUE(dY))^T, packed in the SM90 layout of cuSPARSELt for 8-bit types, and q(dY), in one read (Triton).
 
-The definition is `ops.reference.float8.sparsify_mvue`; the results are equal bit for bit. It is `mvue` with other
-values: bytes moved for 16-bit dY: 2 read and 1.625 written an element.
+The definition is `ops.reference.float8.sparsify_mvue`; the results are equal bit for bit. The algorithm is that of
+`mvue`, with float8 values. For 16-bit dY it reads 2 bytes and writes 1.625 bytes an element.
 """
 
 # Triton reads the device functions, which mypy does not; it has no unpacking in tuples.

@@ -105,7 +105,7 @@ def _first_right(candidates: list[Backend], device: int, dtype: torch.dtype) -> 
 
 
 def _linear(of: Backend, weight: Tensor, transposed: bool, input: Tensor, bias: Tensor | None) -> Tensor:
-    """weight: in bfloat16 where the product is one of float8."""
+    """weight: bfloat16 if the product is one of float8."""
     if input.dtype == FLOAT8 and (pack := of.packer("sparsify_float8", weight.dtype)) is not None:
         packed = pack(weight, weight.new_ones((), dtype=torch.float32), "optimal")[int(transposed)]
     elif input.dtype != FLOAT8 and (pack := of.packer("sparsify", weight.dtype)) is not None:

@@ -148,10 +148,18 @@ def product(form: Form, dense: Tensor, packed: Tensor, n: int, bias: Tensor | No
         fits = fits and (spec.rows != "m" or rows % KERNEL_TILE == 0)
     if not fits:
         maker = {"weight": "sparsify", "grad_output": "sparsify_mvue", "input": "sparsify_input"}[spec.structured]
+        if packed.dtype == FLOAT8:
+            maker = {"weight": "sparsify_float8", "grad_output": "sparsify_mvue_float8"}.get(spec.structured, maker)
+        share = "5 / 8" if packed.dtype == FLOAT8 else "9 / 16"
         raise ValueError(
             f"packed {list(packed.shape)} and {name} {list(dense.shape)} do not fit {count}={n}: {name} must be "
-            f"{letters} and packed what {maker} returns, 1-D of 9 / 16 of the elements of [{n}, {k or 'K'}] in whole "
+            f"{letters} and packed what {maker} returns, 1-D of {share} of the elements of [{n}, {k or 'K'}] in whole "
             "tiles"
+        )
+    if dense.dtype == packed.dtype == FLOAT8 != dtypes[0]:
+        raise ValueError(
+            f"{spec.op} of float8{' with a bias' if bias is not None else ''}: float8 has linear and grad_weight_t,"
+            " without a bias: add it afterwards, or take bfloat16"
         )
     if packed.dtype not in dtypes or dense.dtype != packed.dtype:
         raise ValueError(

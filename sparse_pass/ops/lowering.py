@@ -199,7 +199,9 @@ def _lower_fused(name: str, lower: Callable[..., Any]) -> Callable[..., Any]:
 
     def lower_or_call(tensor: Any, *rest: Any) -> Any:
         device = tensor.get_device()
-        has_float8 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+        has_float8 = device.type == "cpu" or (
+            torch.version.hip is None and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+        )
         if not has_float8 or tensor.get_dtype() == torch.float64:
             return _call_op(op, tensor, *rest)
         return lower(tensor, *rest)

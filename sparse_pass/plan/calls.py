@@ -35,7 +35,7 @@ class Call:
     limits: Limits
     """For GEMMs of the captured dtype."""
     weight_limits: Limits
-    """For those that read the weight."""
+    """For those in the precision of the scheme: of the weight, and of a 2:4 grad_weight in float8."""
 
     is_float8: bool
     """Whether the GEMMs of the weight are to multiply in float8, and a 2:4 grad_weight with them."""

@@ -24,7 +24,7 @@ def plan_dense_float8(calls: Sequence[Call], rounded: RoundedReads) -> Mapping[C
 
 def _plan_weight(calls: Sequence[Call], rounded: RoundedReads) -> Iterator[tuple[Call, Part]]:
     uses = {call: [(name, use) for name, use in _uses(call) if rounded.of_weight(use) is not None] for call in calls}
-    scaled = {use.gemm: has_scaled_mm(use, call.linear, call.weight_limits) for call in calls for _, use in uses[call]}
+    scaled = {use.gemm: _has_scaled_mm(call, use) for call in calls for _, use in uses[call]}
     if not scaled:
         return
     prepared = Prepared(
@@ -42,6 +42,11 @@ def _plan_weight(calls: Sequence[Call], rounded: RoundedReads) -> Iterator[tuple
         yield call, Part(gemms=plans, prepared=prepared, reasons=(*reasons, *why_not_rounded(call)))
 
 
+def _has_scaled_mm(call: Call, use: Use) -> bool:
+    asked_not_to = call.gradient is not None and call.gradient.backend == "masked_dense"
+    return not asked_not_to and has_scaled_mm(use, call.linear, call.weight_limits)
+
+
 def _uses(call: Call) -> Iterator[tuple[GemmName, Use]]:
     for use in (call.linear.output, *call.linear.again):
         yield "output", use
@@ -57,4 +62,5 @@ def _plan(name: GemmName, use: Use, prepared: Prepared, rounded: RoundedReads, s
     if scaled:
         return GemmPlan(gemm, prepared, None, "float8", False, rounded=shared, scaled_mm=True)
     text = "no float8 matmul there: dense ones of the same numbers"
-    return GemmPlan(gemm, prepared, None, "dense", False, Reason(None, text), rounded=shared)
+    reason = Reason(None if name == "output" else name, text)
+    return GemmPlan(gemm, prepared, None, "dense", False, reason, rounded=shared)

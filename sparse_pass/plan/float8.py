@@ -1,4 +1,4 @@
-"""Decide which dense operands are rounded to float8: one answer for all GEMMs of the graph that read a tensor."""
+"""Decide which tensors are rounded to float8: one answer for all GEMMs that read one, or an estimate of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..config import Scheme, is_float8
-from ..graph.gemms import GradientGemm, Linear, Use
+from ..graph.gemms import GradientGemm, Linear, Use, operand_of
 from ..graph.inputs import OperandRead, dense_read, operand_read
 from .calls import Call
 from .values import Reason, Rounded
@@ -38,9 +39,14 @@ def rounded_reads(calls: Sequence[Call]) -> RoundedReads:
     first: dict[Node, Node] = {}
     for (gemm, _), (source, _) in reads.items():
         first[source] = min(gemm, first.get(source, gemm))
+    shared = {source: Rounded(gemm) for source, gemm in first.items()}
     # Of nothing there is no largest magnitude.
-    shared = {source: Rounded(gemm) for source, gemm in first.items() if 0 not in source.meta["val"].shape}
-    return RoundedReads({key: (read, shared[source]) for key, (source, read) in reads.items() if source in shared})
+    filled = {key: pair for key, pair in reads.items() if not _is_empty(pair[0]) and not _is_empty(operand_of(*key))}
+    return RoundedReads({key: (read, shared[source]) for key, (source, read) in filled.items()})
+
+
+def _is_empty(node: Node) -> bool:
+    return any(statically_known_true(size == 0) for size in node.meta["val"].shape)
 
 
 def _reads(call: Call) -> Iterator[tuple[Node, OperandRead]]:
@@ -73,5 +79,7 @@ def why_not_rounded(call: Call) -> Iterator[Reason]:
     """What stays in the captured precision of a call that is otherwise in float8."""
     for use in _uses(call):
         if dense_read(use) is None:
-            text = f"grad_output is not rounded to float8: the graph has it as {use.gemm.target}"
-            yield Reason("grad_input", text)
+            is_gradient = use in call.linear.grad_input
+            what = "grad_output" if is_gradient else "the input"
+            text = f"{what} is not rounded to float8: the graph has it as {use.gemm.target}"
+            yield Reason("grad_input" if is_gradient else None, text)

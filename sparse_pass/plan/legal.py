@@ -19,14 +19,14 @@ from ..config import (
 from ..graph.backward import grad_input_gemm
 from ..graph.gemms import GradientGemm, Linear, Use, aten, is_flip, made_by
 from ..graph.inputs import Input, input_of
-from ..vocabulary import FLOAT8_CAPABILITY, GRAD_TILE, KERNEL_DTYPES, KERNEL_TILE, MIN_CAPABILITY, TILE
+from ..vocabulary import GRAD_TILE, KERNEL_DTYPES, KERNEL_TILE, MIN_CAPABILITY, TILE
 from .float8 import why_no_float8
 from .limits import Limits
 from .table import ESTIMATORS
 from .values import Reason
 
 _SCALED_MM_TILE = 16
-"""What cuBLAS wants N and K of a float8 matmul to be multiples of."""
+"""cuBLAS requires N and K of a float8 matmul to be multiples of this."""
 _KEEPS = frozenset(
     {
         aten.clone.default,
@@ -103,11 +103,11 @@ def why_not_sparse(use: Use, linear: Linear, scheme: WeightSparsity, limits: Lim
 
 def has_scaled_mm(use: Use, linear: Linear, limits: Limits) -> bool:
     """Whether ``torch._scaled_mm`` can multiply what one GEMM multiplies, in float8 and dense."""
-    if limits.device != "cuda" or limits.capability is None or limits.capability < FLOAT8_CAPABILITY:
+    if not limits.scaled_mm:
         return False
     if not use.reads(linear.weight) or _why_no_call(use) or _why_no_dtype(use.operand.meta["val"].dtype):
         return False
-    return all(dim % _SCALED_MM_TILE == 0 for dim in linear.weight.meta["val"].shape)
+    return all(isinstance(dim, int) and dim % _SCALED_MM_TILE == 0 for dim in linear.weight.meta["val"].shape)
 
 
 def why_dense_gradient(linear: Linear) -> Reason | None:

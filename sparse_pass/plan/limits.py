@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from ..vocabulary import FLOAT8, KERNEL_DTYPES, MIN_CAPABILITY
+from ..vocabulary import FLOAT8, FLOAT8_CAPABILITY, KERNEL_DTYPES, MIN_CAPABILITY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +27,12 @@ class Limits:
     """Whose kernels they are."""
     note: str = ""
     """What is told of that choice: why it is not the first layout."""
+
+    @property
+    def scaled_mm(self) -> bool:
+        """Whether ``torch._scaled_mm`` multiplies float8_e4m3fn there."""
+        has_float8 = self.capability is not None and self.capability >= FLOAT8_CAPABILITY
+        return self.device == "cuda" and has_float8 and torch.version.hip is None
 
 
 def device_limits(device: torch.device, dtype: torch.dtype) -> Limits:

@@ -6,7 +6,7 @@ import torch
 
 from ..plan.costs import Preparation, Product, Times
 from ..plan.limits import Limits
-from ..vocabulary import KERNEL_DTYPES
+from ..vocabulary import FLOAT8, KERNEL_DTYPES
 from .gpus import Gpu
 
 _MASKED_BYTES = 8
@@ -26,15 +26,19 @@ class Predicted:
     def product(self, product: Product) -> Times:
         """Of a GEMM; None where a size is not known, or for a dtype that was not measured."""
         sizes = product.m, product.n, product.k
-        if product.dtype not in KERNEL_DTYPES or not all(isinstance(size, int) and size > 0 for size in sizes):
+        if product.dtype not in (*KERNEL_DTYPES, FLOAT8) or not all(
+            isinstance(size, int) and size > 0 for size in sizes
+        ):
             return None
-        dense, sparse = self.gpu.gemm(product.form, *sizes)
+        # float8 was not measured: it counts as 16 bits.
+        form = "grad_weight" if product.form == "grad_weight_t" else product.form
+        dense, sparse = self.gpu.gemm(form, *sizes)
         return sparse, dense
 
     def preparation(self, preparation: Preparation) -> Times:
         """Of a structured operand; None for one that was not measured."""
         one = preparation
-        known = one.dtype in KERNEL_DTYPES and one.stored in (*KERNEL_DTYPES, torch.float32)
+        known = one.dtype in (*KERNEL_DTYPES, FLOAT8) and one.stored in (*KERNEL_DTYPES, torch.float32)
         if not known or not all(isinstance(size, int) for size in one.shape):
             return None
         elements = one.shape[0] * one.shape[1]

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..config import Config, Scheme, WeightSparsity, input_scheme, weight_scheme
+from ..config import Config, Scheme, WeightSparsity, input_scheme, is_float8, weight_scheme
 from ..fqn import parse_config
 from ..plan.costs import Preparation
 from ..plan.table import ESTIMATORS, estimated, structured_operands
@@ -176,7 +176,7 @@ def forecast(report: Report, others: Collection[str], costs: Predicted, work: Wo
     if dtypes - set(KERNEL_DTYPES):
         text = "GEMMs that are not in bfloat16 or float16 are not predicted: call the model under torch.autocast"
         notes += (f"{text}, or make it a bfloat16 one",)
-    if any((weight := weight_scheme(site.scheme)) and weight.precision == "float8" for site in report.sites):
+    if any(is_float8(site.scheme) for site in report.sites):
         notes += ("no times of float8 GEMMs are shipped: they count as 2:4 ones of 16 bits, and may be faster",)
     sites = tuple(_predicted(site) for site in report.sites if site.pattern not in others)
     values = {name: getattr(report, name) for name in _FIELDS_OF_REPORT} | {"sites": sites, "notes": notes}

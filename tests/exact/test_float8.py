@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from float8_by_hand import rounded, scale_by_hand
-from graph_printer import capture, printed
+from graph_printer import capture, device, printed, trains_as
 from support import Result, errors, fresh_compile, invariants_checked, relative_error, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_pass as sp
 from sparse_pass.ops.reference import weights
+from sparse_pass.plan.limits import Limits
 
 FLOAT8 = sp.WeightSparsity(precision="float8")
 NO_KERNEL = "no 2:4 kernels on cpu"
@@ -278,6 +280,59 @@ def test_dense_weights(backend: Any, inner: Any) -> None:
     assert "no float8 matmul there: dense ones of the same numbers" in site.reason
 
 
+SCALED_MM = Limits(device="cuda", capability=(9, 0), unavailable="no library")
+"""A device with float8 matmuls and no 2:4 kernels."""
+
+
+class Strides(nn.Module):
+    """Operands of a linear that are not stored row by row, or not stored at all."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.fc = case, nn.Linear(64, 32, dtype=torch.bfloat16)
+        if case == "weight by columns":
+            self.fc.weight = nn.Parameter(self.fc.weight.detach().t().contiguous().t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x.t() if self.case == "input by columns" else x)
+        return y.sum() if self.case == "sum" else y.t() if self.case == "transposed" else y
+
+
+CASES = ["plain", "weight by columns", "sum", "transposed"]
+
+
+@pytest.mark.parametrize(
+    ("case", "dense"), [*((case, False) for case in [*CASES, "input by columns"]), *((case, True) for case in CASES)]
+)
+def test_scaled_mm(case: str, dense: bool) -> None:
+    """What `torch._scaled_mm` wants of its operands, by its CPU kernel: the numbers of the reference."""
+    model = Strides(case)
+    x = leaf(*((64, 48) if case == "input by columns" else (48, 64)), dtype=torch.bfloat16)
+    scheme = sp.GradientSparsity(precision="float8") if dense else FLOAT8
+    backend, reports = trains_as(SCALED_MM, model, {"fc": scheme})
+    reference = copy.deepcopy(model)
+    reference.fc = (DenseReference if dense else Reference)(reference.fc)  # type: ignore[assignment]
+    torch._dynamo.reset()
+    actual = run(torch.compile(model, backend=backend), dict(model.named_parameters()), [x])
+    expected = run(reference, dict(reference.named_parameters()), [x])
+    if dense:
+        expected.gradients["fc.weight"] = actual.gradients["fc.weight"]
+    assert max(errors(actual, expected).values()) < 2e-2
+    (site,) = reports[-1].sites
+    assert site.output == ("float8" if dense else "masked_dense")
+
+
+@pytest.mark.parametrize("scheme", [FLOAT8, sp.GradientSparsity(precision="float8")], ids=str)
+def test_scaled_mm_is_in_the_graph(scheme: Any) -> None:
+    """Of output and grad_input, but where dense matmuls were asked for."""
+    x = leaf(48, 64, dtype=torch.bfloat16)
+    for backend, count in (("auto", 2), ("masked_dense", 0)):
+        config = {"fc": replace(scheme, backend=backend)}
+        captured = capture(Strides("plain"), [x], config, limits=device(SCALED_MM))
+        targets = [node.target for node in captured.after.graph.nodes]
+        assert targets.count(torch.ops.aten._scaled_mm.default) == count
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_estimate_by_hand(dtype: torch.dtype) -> None:
     grad, x = torch.randn(96, 128).to(dtype), torch.randn(96, 64).to(dtype)
@@ -431,7 +486,7 @@ def test_operators_of_packed_weights() -> None:
     kept = torch.where(sp.mask24(weight, "greedy"), sparse.quantize_float8(weight, scale).float(), 0)
     assert torch.equal(sparse.linear(q, packed, None, 64), (q.float() @ kept.T).bfloat16())
     assert torch.equal(weights.unpack(packed_t, 128, 64).float(), kept.T)
-    with pytest.raises(ValueError, match="both must be float16 or both bfloat16"):
+    with pytest.raises(ValueError, match=r"linear of float8 with a bias: .*: add it afterwards, or take bfloat16"):
         sparse.linear(q, packed, torch.zeros(64, dtype=q.dtype), 64)
     with pytest.raises(ValueError, match="both must be float16 or both bfloat16"):
         sparse.linear(x, packed, None, 64)
