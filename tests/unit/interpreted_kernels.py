@@ -8,6 +8,7 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
+import triton
 from support import assert_same_packed, bits, split_packed
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from sparse_pass.ops.reference import gradients as reference_gradients
 from sparse_pass.ops.reference import inputs as reference_inputs
 from sparse_pass.ops.reference import weights as reference
 
+HAS_FLOAT8 = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+"""That of Triton 3.6 has other conversions to float8 than a GPU, where the kernels are compared as well."""
 INF, NAN = float("inf"), float("nan")
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
 
@@ -169,9 +172,11 @@ if __name__ == "__main__":
         mock.patch.object(mvue_float8, "_empty_strided_cuda", on_the_cpu),
     ):
         check_weights()
-        check_float8()
+        if HAS_FLOAT8:
+            check_float8()
         check_gradients()
-        check_float8_gradients()
+        if HAS_FLOAT8:
+            check_float8_gradients()
         check_bfloat16_gradients()
         check_inputs()
         check_layouts()
