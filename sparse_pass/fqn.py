@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import Config, Scheme, scheme_text, why_no_scheme
+from .config import Config, Scheme, is_float8, scheme_text, why_no_scheme
 
 # Wrappers put these parts into a module path; they are no part of the name a user knows.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -109,7 +109,7 @@ def _parse_entry(text: str, scheme: Any) -> Pattern:
         raise ValueError(f"config key {text!r}: expected a layer name, a `*` pattern or 're:<regex>'")
     if scheme is not None and (reason := why_no_scheme(scheme)):
         raise ValueError(f"config[{text!r}] = {scheme!r}: {reason}")
-    if isinstance(scheme, tuple) and any(getattr(part, "precision", "captured") != "captured" for part in scheme):
+    if isinstance(scheme, tuple) and is_float8(scheme):
         raise ValueError(
             f"config[{text!r}] = {scheme_text(scheme)}: precision='float8' is for one scheme alone, as a 2:4 input"
             " is multiplied in the captured precision; take ActivationSparsity or precision='float8' out"

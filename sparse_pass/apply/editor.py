@@ -122,6 +122,15 @@ class Editor:
             return operand_of(matrix, 0)
         return self.call_before(before, aten.permute.default, (matrix, [1, 0]))
 
+    def copied(self, matrix: Node, before: Node) -> Node:
+        """A copy that is stored row by row."""
+        return self.call_before(before, aten.clone.default, (matrix,), {"memory_format": torch.contiguous_format})
+
+    def flattened(self, input: Node, gemm: Node) -> Node:
+        """The input of a GEMM as a matrix, [M, K]."""
+        sizes = input.meta["val"].shape
+        return input if len(sizes) == 2 else self.call_before(gemm, aten.reshape.default, (input, [-1, sizes[-1]]))
+
     def replay(self, chain: Sequence[Node], old: Node, new: Node, before: Node) -> Node:
         """Run the moves of ``chain``, the first of which reads ``old``, on ``new``."""
         for node in chain:
@@ -194,8 +203,7 @@ class Editor:
         if turned:
             # In the memory order of the GEMM that it replaces: what reads it was captured with that.
             result = self.call_before(gemm, aten.permute.default, (result, [1, 0]))
-            contiguous = {"memory_format": torch.contiguous_format}
-            result = self.call_before(gemm, aten.clone.default, (result,), contiguous)
+            result = self.copied(result, gemm)
         self.replace(gemm, result)
 
     def clean(self) -> None:

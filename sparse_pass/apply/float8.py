@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph.gemms import aten, bias_of, is_flip, operand_of, reads_rows
+from ..graph.gemms import aten, bias_of, fused_bias, is_flip, operand_of, reads_rows
 from ..plan.values import GemmPlan, Plan, Prepared, Rounded
 from .editor import Editor, sparse_ops
 
@@ -85,13 +85,11 @@ class RoundedOperands:
         operand = self._operand(plan, sparse_ops.quantize_float8.default)
         if plan.gemm.places["input"] == 1:  # [M, K]
             operand = edit.call_before(gemm, aten.permute.default, (operand, [1, 0]))
-        contiguous = {"memory_format": torch.contiguous_format}
-        turned = edit.call_before(gemm, aten.clone.default, (operand,), contiguous)
+        turned = edit.copied(operand, gemm)
         rows: Any = both.meta["val"][1].shape[1]
         if not isinstance(rows, int):
             rows = edit.call_before(gemm, aten.sym_size.int, (edit.call_before(gemm, operator.getitem, (both, 1)), 1))
-        tuned = {"tuned": True} if plan.tuned else {}
-        product = edit.call_before(gemm, sparse_ops.grad_weight_t.default, (packed, turned, rows), tuned)
+        product = edit.call_before(gemm, sparse_ops.grad_weight_t.default, (packed, turned, rows), plan.options)
         assert plan.rounded is not None
         return self._unscaled(gemm, product, (self._scales[plan.rounded], self.scale_of_estimate(plan)))
 
@@ -102,40 +100,38 @@ class RoundedOperands:
         edit, rounded = self._edit, plan.estimated
         assert rounded is not None
         before = rounded.before if self._estimates[rounded] is plan else plan.gemm.node
-        source, views = self._matrix(plan)
+        source, moves, turned = self._matrix(plan)
         scale = self._scale(rounded, source)
-        matrix = edit.replay(views, source, source, before)
-        if plan.gemm.places["grad_output"] == 0 and not is_flip(operand_of(plan.gemm.node, 0)):
+        matrix = edit.replay(moves, source, source, before)
+        if turned:
             matrix = edit.flipped(matrix, before)
         arguments = matrix, edit.seed(before), scale
         self._drawn[plan] = edit.call_before(before, sparse_ops.sparsify_mvue_float8.default, arguments)
         return self._drawn[plan]
 
-    def _matrix(self, plan: GemmPlan) -> tuple[Node, tuple[Node, ...]]:
-        """grad_output, and the moves that make [M, N] of it."""
+    def _matrix(self, plan: GemmPlan) -> tuple[Node, tuple[Node, ...], bool]:
+        """grad_output, the moves that make a matrix of it, and whether that is [N, M] instead of [M, N]."""
         assert plan.gemm.structured_read is not None
-        source, chain = plan.gemm.structured_read.resolved()
-        if plan.gemm.places["grad_output"] == 0 and chain and is_flip(chain[-1]):
-            chain = chain[:-1]
-        return source, chain
+        source, moves = plan.gemm.structured_read.resolved()
+        is_first = plan.gemm.places["grad_output"] == 0  # which is read as [N, M]
+        if is_first and moves and is_flip(moves[-1]):
+            moves = moves[:-1]
+        return source, moves, is_first and not is_flip(operand_of(plan.gemm.node, 0))
 
     def _quantized_with_estimate(self, rounded: Rounded) -> Node | None:
         """grad_output quantized by the kernel that packs the estimate of it, if it is read as [M, N] there."""
         plan = self._estimates.get(rounded)
         if plan is None:
             return None
-        source, moves = self._matrix(plan)
+        source, moves, turned = self._matrix(plan)
         sizes = source.meta["val"].shape
-        turned = plan.gemm.places["grad_output"] == 0 and not is_flip(operand_of(plan.gemm.node, 0))
         viewed = all(node.target in _VIEWS for node in moves)
         if turned or not viewed or (moves and not all(isinstance(size, int) for size in sizes)):
             return None
         quantized = self._edit.call_before(rounded.before, operator.getitem, (self._draw(plan), 1))
-        return (
-            self._edit.call_before(rounded.before, aten.reshape.default, (quantized, list(sizes)))
-            if moves
-            else quantized
-        )
+        if moves:
+            quantized = self._edit.call_before(rounded.before, aten.reshape.default, (quantized, list(sizes)))
+        return quantized
 
     def _unscaled(self, gemm: Node, product: Node, scales: tuple[Node, Node], bias: Any = None) -> Node:
         """The product of scaled values, without their scales and in the dtype of the GEMM."""
@@ -153,9 +149,8 @@ class RoundedOperands:
         edit, gemm, rounded = self._edit, plan.gemm.node, plan.rounded
         assert rounded is not None
         rows, sizes = self._rows(plan)
-        value = gemm.meta["val"]
-        tuned = {"tuned": True} if plan.tuned else {}
-        product = edit.call_before(gemm, sparse_ops.linear.default, (rows, packed, None, value.shape[-1]), tuned)
+        arguments = rows, packed, None, gemm.meta["val"].shape[-1]
+        product = edit.call_before(gemm, sparse_ops.linear.default, arguments, plan.options)
         scales = (self._scales[rounded], self._scale_of_weight(plan.prepared))
         edit.finish_gemm(gemm, self._unscaled(gemm, product, scales, bias_of(gemm)), None, sizes)
 
@@ -171,29 +166,22 @@ class RoundedOperands:
         turned = edit.call_before(gemm, aten.permute.default, (self._row_by_row(matrix, gemm), [1, 0]))
         scales = (self._scales[rounded], self._scale_of_weight(plan.prepared))
         inverse = [edit.call_before(gemm, aten.reciprocal.default, (scale,)) for scale in scales]
-        bias, dtype = bias_of(gemm), gemm.meta["val"].dtype
-        fused = bias if isinstance(bias, Node) and bias.meta["val"].shape == gemm.meta["val"].shape[-1:] else None
+        fused = fused_bias(gemm)
         # Fast accumulation, as the 2:4 kernels have it.
-        arguments = (rows, turned, *inverse, fused, None, dtype, True)
+        arguments = (rows, turned, *inverse, fused, None, gemm.meta["val"].dtype, True)
         result = edit.call_before(gemm, aten._scaled_mm.default, arguments)
-        edit.finish_gemm(gemm, result, bias if fused is None else None, sizes)
+        edit.finish_gemm(gemm, result, bias_of(gemm) if fused is None else None, sizes)
 
     def _row_by_row(self, matrix: Node, before: Node) -> Node:
         """The matrix, or a copy that is stored row by row."""
         value = matrix.meta["val"]
         known = all(isinstance(size, int) for size in (*value.shape, *value.stride()))
-        if known and value.is_contiguous():
-            return matrix
-        contiguous = {"memory_format": torch.contiguous_format}
-        return self._edit.call_before(before, aten.clone.default, (matrix,), contiguous)
+        return matrix if known and value.is_contiguous() else self._edit.copied(matrix, before)
 
     def _rows(self, plan: GemmPlan) -> tuple[Node, Sequence[Any]]:
         """The dense operand quantized, [M, ...], and the sizes that it had."""
-        rows = self._operand(plan, sparse_ops.quantize_float8.default)
-        sizes = rows.meta["val"].shape
-        if len(sizes) != 2:
-            rows = self._edit.call_before(plan.gemm.node, aten.reshape.default, (rows, [-1, sizes[-1]]))
-        return rows, sizes
+        operand = self._operand(plan, sparse_ops.quantize_float8.default)
+        return self._edit.flattened(operand, plan.gemm.node), operand.meta["val"].shape
 
     def _operand(self, plan: GemmPlan, op: Any) -> Node:
         """The dense operand of a GEMM, as an operator makes it of the tensor and its scale."""

@@ -72,8 +72,7 @@ def estimate_gradients(edit: Editor, part: Part, rounded: RoundedOperands) -> No
         rows = grad_output.meta["val"].shape[1]
         if not isinstance(rows, int):
             rows = edit.call_before(gemm, aten.sym_size.int, (grad_output, 1))
-        product, tuned = _PRODUCTS[plan.gemm.name], {"tuned": True} if plan.tuned else {}
-        result = edit.call_before(gemm, product, (packed, other, rows), tuned)
+        result = edit.call_before(gemm, _PRODUCTS[plan.gemm.name], (packed, other, rows), plan.options)
         edit.finish_gradient(gemm, result, turned=place == 1)
 
 

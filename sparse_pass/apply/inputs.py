@@ -73,16 +73,15 @@ class Inputs:
         weight = operand_of(gemm, places["weight"])
         if gemm.target is not aten.linear.default:
             weight = edit.flipped(weight, gemm)
-        arguments, tuned = (packed, weight, count), {"tuned": True} if plan.tuned else {}
-        result = edit.call_before(gemm, sparse_ops.input_linear.default, arguments, tuned)
+        arguments = packed, weight, count
+        result = edit.call_before(gemm, sparse_ops.input_linear.default, arguments, plan.options)
         edit.finish_gemm(gemm, result, bias_of(gemm), sizes)
 
     def _multiply_grad_weight(self, plan: GemmPlan, packed: Node, features: int) -> None:
         gemm, place = plan.gemm.node, plan.gemm.places["grad_output"]
         grad_output = self._edit.contracted_first(gemm, place)
-        tuned = {"tuned": True} if plan.tuned else {}
         arguments = packed, grad_output, features
-        result = self._edit.call_before(gemm, sparse_ops.input_grad_weight.default, arguments, tuned)
+        result = self._edit.call_before(gemm, sparse_ops.input_grad_weight.default, arguments, plan.options)
         self._edit.finish_gradient(gemm, result, turned=place == 1)
 
     def _mask(self, prepared: Prepared) -> Node:

@@ -27,7 +27,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from ..graph.gemms import Linear, aten, bias_of, operand_of
+from ..graph.gemms import Linear, aten, bias_of, fused_bias, operand_of
 from ..plan.values import GemmPlan, MaskedGradients, Packed, Part, Prepared
 from ..vocabulary import FLOAT8
 from .editor import Editor, sparse_ops
@@ -96,10 +96,12 @@ class Weights:
                 options["scale"] = prepared.scale
             args = weight, prepared.structure
             if packed.together:
-                if packed.dtype not in both and packed.dtype == FLOAT8:
-                    both[FLOAT8] = self._rounded.pack(prepared)
-                elif packed.dtype not in both:
-                    both[packed.dtype] = edit.call_before(before, sparse_ops.sparsify.default, args, options)
+                if packed.dtype not in both:
+                    both[packed.dtype] = (
+                        self._rounded.pack(prepared)
+                        if packed.dtype == FLOAT8
+                        else edit.call_before(before, sparse_ops.sparsify.default, args, options)
+                    )
                 half = both[packed.dtype], int(packed.transposed)
                 made[packed] = edit.call_before(before, operator.getitem, half)
             else:
@@ -118,16 +120,10 @@ class Weights:
 
     def _multiply(self, plan: GemmPlan, packed: Node) -> None:
         gemm = plan.gemm.node
-        bias, input = bias_of(gemm), operand_of(gemm, 1 if gemm.target is aten.addmm.default else 0)
-        sizes = input.meta["val"].shape
-        out_features = gemm.meta["val"].shape[-1]
-        rows = input
-        if len(sizes) != 2:
-            rows = self._edit.call_before(gemm, aten.reshape.default, (input, [-1, sizes[-1]]))
-        fused = bias if isinstance(bias, Node) and bias.meta["val"].shape == (out_features,) else None
-        tuned = {"tuned": True} if plan.tuned else {}
-        result = self._edit.call_before(gemm, sparse_ops.linear.default, (rows, packed, fused, out_features), tuned)
-        self._edit.finish_gemm(gemm, result, bias if fused is None else None, sizes)
+        input, fused = operand_of(gemm, 1 if gemm.target is aten.addmm.default else 0), fused_bias(gemm)
+        arguments = self._edit.flattened(input, gemm), packed, fused, gemm.meta["val"].shape[-1]
+        result = self._edit.call_before(gemm, sparse_ops.linear.default, arguments, plan.options)
+        self._edit.finish_gemm(gemm, result, bias_of(gemm) if fused is None else None, input.meta["val"].shape)
 
     def _change_gradients(self, linear: Linear, masked: MaskedGradients, weight: Node, mask: Node) -> None:
         edit = self._edit

@@ -200,6 +200,13 @@ def bias_of(gemm: Node) -> object:
     return gemm.args[2] if len(gemm.args) > 2 else None
 
 
+def fused_bias(gemm: Node) -> Node | None:
+    """The bias, if it has a number for each feature of the output: kernels add it themselves."""
+    bias = bias_of(gemm)
+    is_row = isinstance(bias, Node) and bias.meta["val"].shape == gemm.meta["val"].shape[-1:]
+    return bias if is_row else None  # type: ignore[return-value]  # mypy does not follow the flag
+
+
 def _product_and_sum(mul: Node) -> tuple[tuple[int, Layout], ...]:
     """The same for matmuls of one row as Inductor decomposes them.
 

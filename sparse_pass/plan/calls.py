@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..config import (
@@ -14,7 +14,7 @@ from ..config import (
     is_float8,
     weight_scheme,
 )
-from ..graph.gemms import GemmName, Linear, Role
+from ..graph.gemms import GemmName, Linear, Role, Use
 from ..vocabulary import FLOAT8
 from .limits import AskLimits, Limits
 from .table import estimated, structured_operands
@@ -36,9 +36,15 @@ class Call:
     """For GEMMs of the captured dtype."""
     weight_limits: Limits
     """For those in the precision of the scheme: of the weight, and of a 2:4 grad_weight in float8."""
-
     is_float8: bool
     """Whether the GEMMs of the weight are to multiply in float8, and a 2:4 grad_weight with them."""
+
+    def weight_uses(self) -> Iterator[tuple[GemmName, Use]]:
+        """The GEMMs that read the weight."""
+        for use in (self.linear.output, *self.linear.again):
+            yield "output", use
+        for use in self.linear.grad_input:
+            yield "grad_input", use
 
     @property
     def kernel(self) -> str:

@@ -23,7 +23,9 @@ def plan_dense_float8(calls: Sequence[Call], rounded: RoundedReads) -> Mapping[C
 
 
 def _plan_weight(calls: Sequence[Call], rounded: RoundedReads) -> Iterator[tuple[Call, Part]]:
-    uses = {call: [(name, use) for name, use in _uses(call) if rounded.of_weight(use) is not None] for call in calls}
+    uses = {
+        call: [(name, use) for name, use in call.weight_uses() if rounded.of_weight(use) is not None] for call in calls
+    }
     scaled = {use.gemm: _has_scaled_mm(call, use) for call in calls for _, use in uses[call]}
     if not scaled:
         return
@@ -45,13 +47,6 @@ def _plan_weight(calls: Sequence[Call], rounded: RoundedReads) -> Iterator[tuple
 def _has_scaled_mm(call: Call, use: Use) -> bool:
     asked_not_to = call.gradient is not None and call.gradient.backend == "masked_dense"
     return not asked_not_to and has_scaled_mm(use, call.linear, call.weight_limits)
-
-
-def _uses(call: Call) -> Iterator[tuple[GemmName, Use]]:
-    for use in (call.linear.output, *call.linear.again):
-        yield "output", use
-    for use in call.linear.grad_input:
-        yield "grad_input", use
 
 
 def _plan(name: GemmName, use: Use, prepared: Prepared, rounded: RoundedReads, scaled: bool) -> GemmPlan:

@@ -50,17 +50,14 @@ def _is_empty(node: Node) -> bool:
 
 
 def _reads(call: Call) -> Iterator[tuple[Node, OperandRead]]:
-    for use in _uses(call):
+    if not call.is_float8:
+        return
+    for _, use in call.weight_uses():
         if (found := dense_read(use)) is not None:
             yield found
     made = call.linear.grad_weight
-    if call.is_float8 and "grad_weight" in call.estimated and made is not None:
+    if "grad_weight" in call.estimated and made is not None:
         yield from (operand_read(made.gemm, place) for place in (0, 1))
-
-
-def _uses(call: Call) -> Iterator[Use]:
-    if call.is_float8:
-        yield from (call.linear.output, *call.linear.again, *call.linear.grad_input)
 
 
 def why_no_float8(linear: Linear, scheme: Scheme) -> str | None:
@@ -77,9 +74,8 @@ def why_no_float8(linear: Linear, scheme: Scheme) -> str | None:
 
 def why_not_rounded(call: Call) -> Iterator[Reason]:
     """What stays in the captured precision of a call that is otherwise in float8."""
-    for use in _uses(call):
+    for name, use in call.weight_uses() if call.is_float8 else ():
         if dense_read(use) is None:
-            is_gradient = use in call.linear.grad_input
-            what = "grad_output" if is_gradient else "the input"
+            what = "the input" if name == "output" else "grad_output"
             text = f"{what} is not rounded to float8: the graph has it as {use.gemm.target}"
-            yield Reason("grad_input" if is_gradient else None, text)
+            yield Reason(None if name == "output" else name, text)

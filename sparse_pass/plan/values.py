@@ -134,6 +134,11 @@ class GemmPlan:
     scaled_mm: bool = False
     """Of one that is not sparse: whether it multiplies float8 operands all the same, by ``torch._scaled_mm``."""
 
+    @property
+    def options(self) -> dict[str, bool]:
+        """Keyword arguments of the operator of a sparse product."""
+        return {"tuned": True} if self.tuned else {}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MaskedInputGradient:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..config import WeightSparsity
-from ..graph.gemms import GemmName, Linear, Use, aten, reads_rows
+from ..graph.gemms import Linear, Use, aten, reads_rows
 from ..vocabulary import FLOAT8
 from .calls import Call
 from .costs import Costs, Preparation, Product, why_slower
@@ -58,9 +58,9 @@ class _Read:
         value = self.use.gemm.meta["val"]
         n = value.shape[-1]
         return Product(
-            form="linear", device=value.device, dtype=FLOAT8 if self.scheme.precision == "float8" else value.dtype,
+            form="linear", device=value.device, dtype=self.packed_dtype,
             m=value.numel() // n, n=n, k=self.use.operand.meta["val"].numel() // n,
-            bias=self.use.gemm.target is aten.addmm.default and self.scheme.precision != "float8",
+            bias=self.use.gemm.target is aten.addmm.default and self.packed_dtype != FLOAT8,
         )  # fmt: skip
 
     @property
@@ -156,18 +156,14 @@ def _plan_weight(
 
 def _reads(call: Call, scheme: WeightSparsity, rounded: RoundedReads) -> Iterator[_Read]:
     linear, weight = call.linear, call.linear.weight
-    uses: tuple[tuple[GemmName, Sequence[Use]], ...] = (
-        ("output", (linear.output, *linear.again)),
-        ("grad_input", linear.grad_input),
-    )
-    for name, several in uses:
-        for use in several if call.structured[name] == "weight" else ():
+    for name, use in call.weight_uses():
+        if call.structured[name] == "weight":
             dense_read, shared = rounded.of_weight(use) or (None, None)
             direct = use if use.reads(weight) else None
             gemm = Gemm(name, use.gemm, weight_read=direct, dense_read=dense_read)
             read = _Read(call, scheme, gemm, use, None, shared)
             text = why_not_sparse(use, linear, scheme, call.weight_limits)
-            if text is None and scheme.precision == "float8" and shared is None:
+            if text is None and call.is_float8 and shared is None:
                 text = "there is nothing to round to float8"
             yield read if text is None else read.without_kernel(text)
 
